@@ -270,13 +270,23 @@ def inspect(
     sample: Annotated[
         str, typer.Option(help="Show this sample, SHARD.tar:KEY, without a plan.")
     ] = "",
+    fault: Annotated[
+        Path | None,
+        typer.Option(
+            help="Show this report of a step that was skipped or stopped the run, "
+            "RUN/faults/step_N.json, and its worst pack; RECIPE is RUN/recipe.yaml."
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,
 ) -> None:
     """Show a pack or a sample as the model sees it: text, loss, tiles."""
-    from data_tools.inspection import inspect_pack, inspect_sample  # imports torch, for its tiles
+    # imports torch, for its tiles
+    from data_tools.inspection import inspect_fault, inspect_pack, inspect_sample
 
     loaded = load_recipe(recipe, overrides or [])
-    if sample:
+    if fault is not None:
+        text = inspect_fault(loaded, fault, png=png)
+    elif sample:
         text = inspect_sample(loaded, sample, png=png)
     else:
         text = inspect_pack(loaded, split, pack, png=png)

@@ -19,6 +19,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer
+from megatron_vita.training.faults import read_dump
 
 
 def inspect_pack(
@@ -44,6 +45,25 @@ def inspect_pack(
         title=f"{split} pack {pack}",
     )
     return _show(view, png, max_height=max_height)
+
+
+def inspect_fault(recipe: Recipe, path: Path, *, png: Path | None, max_height: int = 0) -> str:
+    """Describe a faulty step by the report at `path`, and the pack with the worst loss.
+
+    png, max_height: as for `inspect_pack`.
+    """
+    report = read_dump(path)
+    lines = [str(report)]
+    for rank, values in report.gradients.items():
+        shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        lines.append(f"{rank}: largest gradients {shown or 'none'}")
+    for pack in report.packs:
+        keys = ", ".join(pack.samples)
+        lines.append(
+            f"pack {pack.pack}: loss {pack.loss:g} of {pack.loss_tokens} tokens, samples {keys}"
+        )
+    worst = inspect_pack(recipe, "train", report.worst.pack, png=png, max_height=max_height)
+    return "\n".join([*lines, "", worst])
 
 
 def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:

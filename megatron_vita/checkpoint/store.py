@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from megatron_vita.checkpoint import base, reading
 from megatron_vita.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from megatron_vita.checkpoint.retention import Retention, is_saved
+from megatron_vita.checkpoint.retention import Retention, is_saved, step_of
 from megatron_vita.checkpoint.saver import LATEST, Saver
 from megatron_vita.config import ModelConfig, Recipe, recipe_from_dict
 from megatron_vita.errors import CheckpointError, DamagedCheckpointError
+from megatron_vita.files import atomic_write
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -73,8 +74,14 @@ def latest_name(folder: str | Path) -> str:
         raise CheckpointError(f"{Path(folder) / LATEST}: cannot be read: {error}") from error
 
 
+def set_latest(checkpoint: Path) -> None:
+    """Make a checkpoint the one that a run resumes from."""
+    with atomic_write(checkpoint.parent / LATEST) as partial:
+        partial.write_text(checkpoint.name)
+
+
 def latest_checkpoint(
-    folder: str | Path, *, damaged: Mapping[str, str] | None = None
+    folder: str | Path, *, up_to: int | None = None, damaged: Mapping[str, str] | None = None
 ) -> Path | None:
     """Return the newest whole checkpoint in `folder`, or None if there is no checkpoint.
 
@@ -83,6 +90,7 @@ def latest_checkpoint(
 
     Args:
         folder: parent of the checkpoints.
+        up_to: step of the newest that may be returned; None: any.
         damaged: names of those known to be damaged, and what is wrong with them.
 
     Raises:
@@ -91,6 +99,8 @@ def latest_checkpoint(
     damaged = damaged or {}
     skipped: list[str] = []
     for path in _candidates(Path(folder)):
+        if up_to is not None and step_of(path.name) > up_to:
+            continue
         reason = damaged.get(path.name) or _damage_of(path)
         if not reason:
             for line in skipped:

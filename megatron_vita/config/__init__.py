@@ -18,6 +18,7 @@ from megatron_vita.config.lora import (
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.memory import LayerMemory, layer_memory
 from megatron_vita.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.config.numerics import NumericsConfig
 from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.output import OutputConfig
 from megatron_vita.config.parallel import ParallelConfig
@@ -39,6 +40,7 @@ __all__ = [
     "LoraConfig",
     "MediaConfig",
     "ModelConfig",
+    "NumericsConfig",
     "OptimizerConfig",
     "OutputConfig",
     "ParallelConfig",

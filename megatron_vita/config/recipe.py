@@ -13,6 +13,7 @@ from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.lora import LoraConfig, Part, adapted_maps
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.model import ModelConfig
+from megatron_vita.config.numerics import NumericsConfig
 from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.recipe_checks import check_recipe, check_tensor_parallel
@@ -43,6 +44,9 @@ class Recipe:
     optimizer: OptimizerConfig = described(OptimizerConfig, "Optimizer and learning rate schedule.")
     training: TrainingConfig = described(
         TrainingConfig, "Length of the run, frozen parts, recomputation, validation, logging."
+    )
+    numerics: NumericsConfig = described(
+        NumericsConfig, "Rules for NaN, infinities and spikes of loss and gradient norm."
     )
     lora: LoraConfig = described(LoraConfig, "Low-rank adapters (LoRA) beside frozen parts.")
     checkpoint: CheckpointConfig = described(CheckpointConfig, "Saving and loading of checkpoints.")

@@ -245,6 +245,10 @@ def _check_adapter_dropout(recipe: "Recipe") -> None:
 
 def _check_checkpoints(recipe: "Recipe") -> None:
     checkpoint = recipe.checkpoint
+    require(
+        not recipe.numerics.may_roll_back or checkpoint.save != "",
+        "a rule of numerics is rollback, which needs checkpoint.save, a folder",
+    )
     # Nothing would have a score, and nothing would be kept for it.
     require(
         not checkpoint.keep_best

@@ -9,6 +9,8 @@ ENVIRONMENT = "environment.jsonl"
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
 LEDGERS = "damaged"
+FAULTS = "faults"
+SKIPPED_PACKS = "skipped_packs.jsonl"
 
 
 def run_folder(recipe: Recipe) -> Path | None:

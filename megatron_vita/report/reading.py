@@ -105,7 +105,7 @@ def _parse(lines: Iterable[bytes]) -> Iterator[Row]:
 
 
 def _replay(rows: list[Row]) -> tuple[dict[int, Row], dict[int, Row], list[Segment]]:
-    """Steps, validations and segments. A start takes back what came after its step."""
+    """Steps, validations and segments. A start or rollback takes back what came after its step."""
     steps: dict[int, Row] = {}
     validations: dict[int, Row] = {}
     segments: list[Segment] = []
@@ -114,6 +114,7 @@ def _replay(rows: list[Row]) -> tuple[dict[int, Row], dict[int, Row], list[Segme
         step = int(row.get("step", 0))
         if event == "start" or not segments:
             segments.append(_begin(row, step, segments))
+        if event in ("start", "rollback"):
             for known in (steps, validations):
                 for later in [number for number in known if number > step]:
                     del known[later]

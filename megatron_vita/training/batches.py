@@ -7,6 +7,7 @@ stages of a pipeline ask for their packs at different times.
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -20,11 +21,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_vita import platform
+from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch, mask_documents
 from megatron_vita.data.loading.ledger import Damage, Ledger, add_up_damage
 from megatron_vita.data.loading.loader import read_packs
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import PackTask
+from megatron_vita.errors import ConfigError
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run
 from megatron_vita.training.streams import packs_of_replicas, packs_of_validation
@@ -37,12 +40,17 @@ def train_batches(run: Run) -> "FinalBatches":
     """Return this rank's packs of all remaining steps, in order.
 
     Each step's packs are divided among the replicas by cost.
+
+    Raises:
+        ConfigError: with the packs that rollbacks leave out, the plan is too short.
     """
     assert run.train_stream is not None
     size = run.recipe.training.global_batch_size
-    start = run.consumed_packs
-    firsts = range(start, start + (run.recipe.training.train_iters - run.step) * size, size)
+    steps = run.recipe.training.train_iters - run.step
+    firsts = run.skipped.firsts(run.consumed_packs, steps=steps, size=size)
     plan = run.train_stream.plan
+    needed = run.skipped.consumed_after(run.consumed_packs, steps=steps, size=size)
+    _check_packs(run.recipe, needed, available=plan.num_packs)
     group = groups.data_parallel_group()
     ids = itertools.chain.from_iterable(
         packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()]
@@ -54,6 +62,20 @@ def train_batches(run: Run) -> "FinalBatches":
         path = run.ledger_folder / f"replica_{group.rank():05d}.jsonl"
     run.ledger = Ledger(run.read_damage(), path=path)
     return _final_batches(run, run.train_stream, ids, purpose="main", ledger=run.ledger)
+
+
+def _check_packs(recipe: Recipe, needed: int, *, available: int) -> None:
+    """Check that a plan lasts for the steps of a run that leaves out packs.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if needed > available:
+        raise ConfigError(
+            f"training.train_iters {recipe.training.train_iters} needs {needed} packs, with those that rollbacks "
+            f"leave out, but the plan {recipe.data.plan} holds {available}: raise data.epochs and plan again, or "
+            "lower train_iters"
+        )
 
 
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:
@@ -178,6 +200,9 @@ class FinalBatches(Iterator[Batch]):
         # One finished pack waits: each holds its tiles in pinned memory.
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
+        self._gate = threading.Lock()  # held while ranks agree on the last pack to finish
+        self._begun = 0
+        self._last = math.inf
         self._thread = threading.Thread(
             target=self._run, args=(packs, finish), name="batches", daemon=True
         )
@@ -202,10 +227,29 @@ class FinalBatches(Iterator[Batch]):
             with suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
 
+    def close_together(self) -> None:
+        """Close on all ranks after the same pack, so that none waits for the others in the
+        agreement on one that they do not come to. Collective."""
+        with self._gate:
+            begun = torch.tensor(self._begun, device=platform.device())
+            dist.all_reduce(begun, op=dist.ReduceOp.MAX)
+            self._last = begun.item()
+        while self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._queue.get(timeout=0.05)
+
+    def _begin(self) -> bool:
+        """Tell whether another pack is to be finished, and count it."""
+        with self._gate:
+            if self._closed.is_set() or self._begun >= self._last:
+                return False
+            self._begun += 1
+            return True
+
     def _run(self, packs: Any, finish: Callable[[ReadPack], Batch]) -> None:
         try:
             for pack in packs:
-                if self._closed.is_set():
+                if not self._begin():
                     break
                 self._queue.put(finish(pack))
             self._queue.put(StopIteration())

@@ -49,10 +49,12 @@ def _plan(run: Run, plan: PackPlan) -> str:
     """Packs of the plan, and those that the steps ahead take."""
     data = run.recipe.data
     training = run.recipe.training
-    last = run.consumed_packs + (training.train_iters - run.step) * training.global_batch_size
+    steps = training.train_iters - run.step
+    size = training.global_batch_size
+    last = run.skipped.consumed_after(run.consumed_packs, steps=steps, size=size)
     return (
         f"plan: {plan.num_packs:,} packs of {data.seq_length:,} tokens in {data.epochs} epochs; steps {run.step + 1} "
-        f"to {training.train_iters} take packs {run.consumed_packs + 1:,} to {last:,}, up to epoch "
+        f"to {training.train_iters} take packs {run.next_pack + 1:,} to {last:,}, up to epoch "
         f"{data.epochs * last / plan.num_packs:.2f}"
     )
 

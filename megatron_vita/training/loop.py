@@ -17,6 +17,7 @@ from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.importing import import_callbacks
 from megatron_vita.training.callbacks.optional import check_packages
 from megatron_vita.training.header import describe_run
+from megatron_vita.training.rollback import roll_back
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.run_folder import RunLog
 from megatron_vita.training.step import train_step
@@ -61,12 +62,18 @@ def _loop(run: Run, hooks: Hooks) -> None:
     # Entered in this order, left in the reverse: hooks end first, while batches still exist.
     with ExitStack() as stack:
         batches = train_batches(run)
-        stack.callback(batches.close)
+        stack.callback(lambda: batches.close())
         stack.enter_context(run.stop)
         stack.enter_context(hooks)
         while run.step < steps:
             hooks.call("before_step")
             metrics = train_step(run, batches)
+            if metrics.rolls_back:
+                batches.close_together()
+                roll_back(run)
+                hooks.call("on_rollback", metrics.step)
+                batches = train_batches(run)
+                continue
             hooks.after_step(metrics)
             if metrics.stops and run.step < steps:
                 raise StoppedError(_stop_message(run))

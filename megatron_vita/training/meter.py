@@ -116,13 +116,13 @@ class Meter:
         # value add what changes nothing: -inf, or 0.
         signs = {name: _SIGNS[reduce] for name, reduce in self._agreed.items() if reduce in _SIGNS}
         has_new = float(self._reduces.keys() > self._agreed.keys())
-        highest = _vector(
+        highest = as_vector(
             has_new,
             *(s * self._values.get(name, -s * math.inf) for name, s in signs.items()),
         )
         added = (0.0 if name in signs else self._values.get(name, 0.0) for name in self._agreed)
         calls = (self._counts.get(name, 0.0) for name in self._agreed)
-        totals = _vector(*added, *calls)
+        totals = as_vector(*added, *calls)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         dist.all_reduce(totals)
         # Both in one copy: each copy from the device waits for it.
@@ -161,7 +161,7 @@ def _combine(before: Any, value: Any, reduce: Reduce) -> Any:
     return min(before, value)
 
 
-def _vector(*entries: float | Tensor) -> Tensor:
+def as_vector(*entries: float | Tensor) -> Tensor:
     """Build a vector of the entries in fp64 on this rank's device."""
     # Numbers in one copy to the device; tensors are there, and must not be read on the host.
     numbers = [0.0 if isinstance(entry, Tensor) else entry for entry in entries]

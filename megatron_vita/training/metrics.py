@@ -19,7 +19,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.layout.slicing import IGNORED_LABEL, PackSlice
 from megatron_vita.parallel import groups
 from megatron_vita.platform.pinned import to_device
-from megatron_vita.training.meter import Meter, Reduce
+from megatron_vita.training.meter import Meter, Reduce, as_vector
 
 DATA_SECONDS = "speed/data_seconds"
 SAVING = "saving"
@@ -63,7 +63,9 @@ class StepMetrics:
     saving: bool = False  # some rank was still writing a checkpoint as the step began
     held_out: bool = False  # of a validation
     grad_norm: float = 0.0
+    skipped: bool = False  # a rule of `numerics` has skipped the step: no weight was updated
     lr: float = 0.0
+    rolls_back: bool = False  # a rule takes the step back, and others before it
     # everything else that was added to the meter, by name
     values: dict[str, float] = field(default_factory=dict)
     # metrics of `Run.record` since the last step that was logged, by name
@@ -106,6 +108,8 @@ class StepMetrics:
             "data/damaged": self.damaged,
             "data/repeated_frames": self.stand_ins,
         }
+        if self.skipped:
+            scalars["train/skipped"] = 1.0
         if self.matmul_rate:
             scalars["speed/matmul_share"] = self.tflops_per_gpu * 1e12 / self.matmul_rate
         return losses | scalars | self.values | self.recorded
@@ -175,6 +179,10 @@ class LossSums:
         self._rows += torch.bincount(source, minlength=len(self._rows))
         there = to_device(source, losses.device)
         self._losses.index_add_(0, there, losses.detach().double())
+
+    def totals(self) -> tuple[Tensor, float]:
+        """Return sum of losses and number of loss tokens of all sources, on this rank."""
+        return self._losses.sum(), float(self._rows.sum())
 
     def put(self, meter: Meter) -> None:
         """Add the sums to `meter` by source."""
@@ -261,5 +269,18 @@ def collect(
         failed=values.pop("failed", 0.0) > 0,
         saving=values.pop(SAVING, 0.0) > 0,
         held_out=held_out,
+        grad_norm=values.pop("grad_norm", 0.0),
         values=values,
     )
+
+
+def reduce_numbers(losses: LossSums, grad_norm: float | Tensor) -> tuple[float, float]:
+    """Return a step's loss and gradient norm over all ranks, before its metrics. Collective.
+
+    One reduction and one copy from the device, which waits for it.
+    """
+    total, rows = losses.totals()
+    sums = as_vector(total, rows, grad_norm)
+    dist.all_reduce(sums)
+    total, rows, norms = sums.tolist()
+    return total / max(rows, 1), norms / dist.get_world_size()

@@ -1,6 +1,7 @@
 """megatron-core's optimizer and schedule from a recipe; gradients of the replicated vision
 parts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import (
-    MegatronOptimizer,
+    ChainedOptimizer,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -38,6 +39,28 @@ _TYPES = {
     "fp16": torch.float16,
     "fp8": torch.uint8,  # megatron-core's and Transformer Engine's word for it
 }
+
+
+class CheckedOptimizer(ChainedOptimizer):
+    """megatron-core's optimizer, with a check between the gradient norm and the update.
+
+    may_update: called by `step` with the gradient norm; if it returns false, weights and state stay
+        as they are.
+    """
+
+    may_update: Callable[[float | torch.Tensor], bool] | None = None
+    _grad_norm: float | torch.Tensor = 0.0
+
+    def get_grad_norm(self) -> float | torch.Tensor:
+        """Compute the norm of all gradients, over all ranks."""
+        self._grad_norm = super().get_grad_norm()
+        return self._grad_norm
+
+    def step_with_ready_grads(self) -> bool:
+        """Update the weights with clipped gradients, if they may be; return whether they were."""
+        if self.may_update is not None and not self.may_update(self._grad_norm):
+            return False
+        return bool(super().step_with_ready_grads())
 
 
 def check_optimizer(recipe: Recipe) -> None:
@@ -97,7 +120,7 @@ def _add_products_to_main_gradients(model: VitaModel) -> None:
 
 def build_optimizer(
     chunks: list[DistributedDataParallel], recipe: Recipe
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+) -> tuple[CheckedOptimizer, OptimizerParamScheduler]:
     """Build AdamW over the trained parameters, and its learning rate schedule in steps."""
     optimizer = recipe.optimizer
     training = recipe.training
@@ -117,7 +140,8 @@ def build_optimizer(
         **_precision(optimizer),
     )
     overrides = get_standard_config_overrides(config) | special_rates(recipe)
-    built = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    chained = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    built = CheckedOptimizer(chained.chained_optimizers)
     schedule = build_schedule(built, recipe)
     core = chunks[0].config  # one object for all chunks
     core.grad_scale_func = built.scale_loss

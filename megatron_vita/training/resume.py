@@ -38,31 +38,40 @@ class ResumePoint:
     plan_digest: str = ""  # of the consumed packs; empty if unknown
     recipe: dict[str, Any] = field(default_factory=dict)  # of the saved run, as plain values
     damaged: list[dict[str, Any]] = field(default_factory=list)  # fields of `Damage`
+    numerics: dict[str, Any] = field(default_factory=dict)  # as `Guard.state`
     # Path and stamp of the weights that the checkpoint's adapters belong to.
     base: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, recipe: Recipe, *, damaged: Mapping[str, str] | None = None) -> "ResumePoint":
-        """Read the manifest of the newest whole checkpoint in `checkpoint.save`. Collective, if
-        there is a process group.
+        """Find the newest whole checkpoint in `checkpoint.save`, as `find_in` does. Collective, if
+        there is a process group."""
+        if not recipe.checkpoint.save:
+            return cls()
+        return cls.find_in(Path(recipe.checkpoint.save), damaged=damaged)
+
+    @classmethod
+    def find_in(
+        cls, folder: Path, *, up_to: int | None = None, damaged: Mapping[str, str] | None = None
+    ) -> "ResumePoint":
+        """Read the manifest of the newest whole checkpoint in a folder. Collective, if there is a
+        process group.
 
         Args:
-            recipe: names the folder.
+            folder: parent of the checkpoints.
+            up_to: step of the newest that may be taken; None: any.
             damaged: names of checkpoints known to be damaged, with the reasons.
 
         Raises:
             CheckpointError: on all ranks, if no checkpoint is whole, or the newest has another
                 format version.
         """
-        checkpoint = None
-        if recipe.checkpoint.save:
-            folder = Path(recipe.checkpoint.save)
-            name = store.from_first(
-                lambda: _name_of(store.latest_checkpoint(folder, damaged=damaged))
-            )
-            checkpoint = folder / name if name else None
-        if checkpoint is None:
+        name = store.from_first(
+            lambda: _name_of(store.latest_checkpoint(folder, up_to=up_to, damaged=damaged))
+        )
+        if not name:
             return cls()
+        checkpoint = folder / name
         manifest = store.read_manifest(checkpoint)
         return cls(
             checkpoint=checkpoint,
@@ -71,6 +80,7 @@ class ResumePoint:
             plan_digest=manifest.get("plan_digest", ""),
             recipe=manifest["recipe"],
             damaged=manifest.get("damaged", []),
+            numerics=manifest.get("numerics", {}),
             base=manifest.get(BASE, {}),
         )
 

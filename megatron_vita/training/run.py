@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita import platform
@@ -17,7 +16,7 @@ from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.mirror import Mirror
 from megatron_vita.checkpoint.retention import is_saved
 from megatron_vita.checkpoint.saver import by_first
-from megatron_vita.config import Recipe
+from megatron_vita.config import NumericsConfig, Recipe
 from megatron_vita.config.run_files import LEDGERS
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
@@ -31,16 +30,19 @@ from megatron_vita.rounding import ceil_div
 from megatron_vita.supervise.beacon import Beacon, Phase
 from megatron_vita.training import optimizer_state
 from megatron_vita.training.fitting import choose_levers
+from megatron_vita.training.guard import Guard
 from megatron_vita.training.host_buffers import open_activation_store
 from megatron_vita.training.meter import Meter, Reduce
 from megatron_vita.training.metrics import check_record
 from megatron_vita.training.optimizer import (
+    CheckedOptimizer,
     build_optimizer,
     check_optimizer,
     wrap_for_data_parallel,
 )
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run_state import restore_newest
+from megatron_vita.training.skipped import SkippedPacks, read_skipped
 from megatron_vita.training.stop_signal import StopRequest
 from megatron_vita.training.streams import open_streams
 
@@ -56,13 +58,14 @@ class Run:
 
     recipe: Recipe
     chunks: list[DistributedDataParallel]  # this rank's, one but for interleaved pipelines
-    optimizer: MegatronOptimizer
+    optimizer: CheckedOptimizer
     schedule: OptimizerParamScheduler
     microbatches: int
     train_stream: PackStream | None = None
     validation_stream: PackStream | None = None
     # Samples that this rank's replica could not read.
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    guard: Guard = dataclasses.field(default_factory=lambda: Guard(NumericsConfig()))
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     stop_reason: str = ""  # of `request_stop` on this rank
     meter: Meter = dataclasses.field(default_factory=Meter)  # the loop's own, of one step
@@ -74,7 +77,8 @@ class Run:
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on the slowest device; 0: unknown
     data_seconds: float = 0.0  # that this rank has waited for packs
     step: int = 0
-    consumed_packs: int = 0
+    consumed_packs: int = 0  # of the plan, with those that were left out before them
+    skipped: SkippedPacks = dataclasses.field(default_factory=SkippedPacks)
     claim: Claim | None = None  # to the folder that the run saves to
     base_stamp: str = ""  # of the weights beside adapters, which checkpoints leave out
 
@@ -112,6 +116,11 @@ class Run:
         reason: appears in the message that the run ends with.
         """
         self.stop_reason = self.stop_reason or reason
+
+    @property
+    def next_pack(self) -> int:
+        """The first pack of the next step."""
+        return self.skipped.next_first(self.consumed_packs)
 
     @property
     def unwrapped_models(self) -> list[VitaModel]:
@@ -162,8 +171,14 @@ class Run:
         return [dataset.name for dataset in self.recipe.data.validation]
 
 
-def open_run(recipe: Recipe) -> Run:
-    """Build a run and load the latest checkpoint or the initial weights. Collective."""
+def open_run(recipe: Recipe, *, folder: Path | None = None, up_to: int | None = None) -> Run:
+    """Build a run and load the latest checkpoint or the initial weights. Collective.
+
+    Args:
+        recipe: a checked recipe.
+        folder: of the checkpoints; None: `checkpoint.save`.
+        up_to: step of the newest checkpoint that may be loaded; None: any.
+    """
     replicas = recipe.data_parallel_size(dist.get_world_size())
     # Measured first, while the device is idle and its memory free.
     matmul_rate = _slowest_matmul()
@@ -181,6 +196,8 @@ def open_run(recipe: Recipe) -> Run:
         fetch_from_mirror(recipe)
     # Read once, after all ranks agreed on the newest checkpoint, and passed on.
     resume = ResumePoint.find(recipe)
+    if folder is not None:
+        resume = ResumePoint.find_in(folder, up_to=up_to)
     # Early: its start takes seconds, in which the model is built.
     if recipe.data.num_workers:
         start_fork_server()
@@ -197,10 +214,12 @@ def open_run(recipe: Recipe) -> Run:
     run = assemble_run(recipe)
     run.matmul_rate = matmul_rate
     run.claim = claim
-    resumed = restore_newest(run, resume)
+    resumed = restore_newest(run, resume, up_to=up_to)
     if resumed is not resume:
         streams = open_streams(recipe, resume=resumed, tile_share=share, replicas=replicas)
     run.train_stream, run.validation_stream = streams
+    if recipe.checkpoint.save:
+        run.skipped = read_skipped(Path(recipe.checkpoint.save))
     return run
 
 
@@ -266,5 +285,6 @@ def assemble_run(recipe: Recipe) -> Run:
         chunks=chunks,
         optimizer=optimizer,
         schedule=schedule,
+        guard=Guard(recipe.numerics),
         microbatches=recipe.training.global_batch_size // groups.data_parallel_group().size(),
     )

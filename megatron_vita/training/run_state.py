@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def restore_newest(run: "Run", resume: ResumePoint) -> ResumePoint:
+def restore_newest(run: "Run", resume: ResumePoint, *, up_to: int | None = None) -> ResumePoint:
     """Restore from `resume`, or from the newest checkpoint before it whose bytes are whole.
     Collective.
+
+    up_to: step of the newest that may be taken; None: any.
 
     Returns:
         The point that was resumed from.
@@ -45,7 +47,8 @@ def restore_newest(run: "Run", resume: ResumePoint) -> ResumePoint:
             if resume.checkpoint is None:
                 raise
             damaged[resume.checkpoint.name] = str(error)
-            resume = ResumePoint.find(run.recipe, damaged=damaged)
+            folder = resume.checkpoint.parent
+            resume = ResumePoint.find_in(folder, up_to=up_to, damaged=damaged)
 
 
 def open_saver(
@@ -112,6 +115,7 @@ def _manifest(run: "Run") -> dict[str, Any]:
         "plan_digest": digest,
         "recipe": dataclasses.asdict(run.recipe),
         "damaged": [damage._asdict() for damage in run.read_damage()],
+        "numerics": run.guard.state(),
     }
     if run.recipe.lora.rank:
         values[base.BASE] = {"path": run.recipe.checkpoint.load, "stamp": run.base_stamp}
@@ -167,7 +171,10 @@ def _resume(run: "Run", resume: ResumePoint, checkpoint: Path) -> None:
         )
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
+    # megatron-core adds the steps of the state to those that are done.
+    run.schedule.num_steps = 0
     run.schedule.load_state_dict(state["schedule"])
+    run.guard.load(resume.numerics)
     run.step = resume.step
     for model in run.unwrapped_models:
         model.set_passes(resume.step * run.microbatches)

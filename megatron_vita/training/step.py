@@ -1,6 +1,7 @@
 """One optimizer step, and one validation, through megatron-core's schedules."""
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -20,6 +22,8 @@ from megatron_vita.media.normalize import normalize
 from megatron_vita.parallel import groups
 from megatron_vita.platform.pinned import to_device
 from megatron_vita.training.callbacks.hooks import Hooks
+from megatron_vita.training.faults import PackLoss, report_fault
+from megatron_vita.training.guard import Action, Fault
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.metrics import (
     DATA_SECONDS,
@@ -28,15 +32,21 @@ from megatron_vita.training.metrics import (
     collect,
     count_batch,
     measure_memory,
+    reduce_numbers,
 )
 from megatron_vita.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     """Run one step: forward and backward of a global batch, update, metrics. Collective.
 
+    A step that a rule of `numerics` skips counts, with its packs, but changes neither weights nor
+    optimizer. One after which the run is to be rolled back does not count (`rolls_back`).
+
     Raises:
-        VitaError: loss or gradient norm is not finite.
+        VitaError: on all ranks, if a rule stops the run.
     """
     started = time.perf_counter()
     for chunk in run.chunks:
@@ -46,27 +56,71 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     context = StepContext(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
     _run_schedule(context, batches, num_microbatches=run.microbatches, forward_only=False)
     run.enter("optimizer")
-    _, grad_norm, _ = run.optimizer.step()
+    fault = _update(run, losses)
     run.enter("metrics")
     run.meter.add("stops", int(bool(run.stop.received or run.stop_reason)))
     run.meter.add("failed", int(run.hooks is not None and run.hooks.has_failed))
     measure_memory(run.meter)
     metrics = collect(run.meter, losses, step=run.step + 1, started=started)
-    metrics.grad_norm = float(grad_norm)
     metrics.lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
     metrics.matmul_rate = run.matmul_rate
-    # The same numbers on all ranks, so that all of them raise.
-    if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
-        last = run.consumed_packs + run.recipe.training.global_batch_size
-        raise VitaError(
-            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run "
-            f"diverged in packs {run.consumed_packs + 1} to {last}; resume from the last checkpoint with a "
-            "smaller optimizer.lr"
-        )
+    if not run.guard.may_skip:
+        fault = run.guard.judge(metrics.loss, metrics.grad_norm)
+    if fault is not None:
+        action = _react(context, fault)
+        metrics.skipped = action == "skip"
+        metrics.rolls_back = action == "rollback"
+    if metrics.rolls_back:
+        return metrics
     run.schedule.step(1)
     run.step += 1
-    run.consumed_packs += run.recipe.training.global_batch_size
+    run.consumed_packs = run.next_pack + run.recipe.training.global_batch_size
     return metrics
+
+
+def _update(run: Run, losses: LossSums) -> Fault | None:
+    """Update the weights, unless a rule skips the step; return what is wrong with it.
+
+    Without such a rule, the step is judged later, by the numbers that it logs: to know them here
+    costs a reduction, and waits for the device.
+    """
+    fault: Fault | None = None
+
+    def may_update(grad_norm: float | Tensor) -> bool:
+        nonlocal fault
+        fault = run.guard.judge(*reduce_numbers(losses, grad_norm))
+        return fault is None
+
+    run.optimizer.may_update = may_update if run.guard.may_skip else None
+    _, grad_norm, _ = run.optimizer.step()
+    run.meter.add("grad_norm", grad_norm, reduce="mean")
+    return fault
+
+
+def _react(context: "StepContext", fault: Fault) -> Action:
+    """Report a faulty step to the callbacks and the log. Collective.
+
+    Returns:
+        What is to be done.
+
+    Raises:
+        VitaError: the run is stopped.
+    """
+    most = context.run.recipe.numerics.max_rollbacks
+    if fault.action == "rollback" and len(context.run.skipped) >= most:
+        reason = f"{fault.reason}, after {most} rollbacks (numerics.max_rollbacks)"
+        fault = Fault(reason=reason, action="stop")
+    report = report_fault(context.run, fault, context.pack_losses)
+    if context.hooks is not None:
+        context.hooks.call("on_fault", report)
+    if fault.action == "stop":
+        raise VitaError(
+            f"{report}: the run diverged there; resume from the last checkpoint with a smaller "
+            "optimizer.lr, or with numerics.nonfinite_action and spike_action skip or rollback"
+        )
+    if dist.get_rank() == 0:
+        logger.warning("%s: %s", report, fault.action)
+    return fault.action
 
 
 @torch.no_grad()
@@ -93,6 +147,7 @@ class StepContext:
     losses: LossSums
     hooks: Hooks | None = None  # called with the losses of each pack
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the packs
+    pack_losses: list[PackLoss] = field(default_factory=list)  # of a training step
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next pack, and measure the time waited for it."""
@@ -173,7 +228,10 @@ def sum_losses(
         scale = to_device(scale, losses.device)
     losses = losses * scale
     context.losses.add(losses, batch=batch, pack=pack)
-    if context.hooks is not None and groups.tensor_group().rank() == 0:
-        context.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)
+    total = losses.sum()
+    if groups.tensor_group().rank() == 0:
+        context.pack_losses.append(PackLoss(batch.pack_id, total.detach(), len(losses)))
+        if context.hooks is not None:
+            context.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)
     rows = torch.full((), len(losses), dtype=torch.int, device=losses.device)
-    return losses.sum(), rows, {}
+    return total, rows, {}

@@ -14,7 +14,10 @@ from megatron_vita.config.help import describe_fields
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
-GROUPS = r"model\.(?:vision|projector|language)|parallel|data|media|text|optimizer|training|checkpoint|generation|lora"
+GROUPS = (
+    r"model\.(?:vision|projector|language)|parallel|data|media|text|optimizer|training|checkpoint"
+    r"|generation|lora|numerics"
+)
 FIELD = re.compile(rf"`(({GROUPS})\.[a-z][\w.]*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]+")
 NOT_OURS = {

@@ -57,6 +57,7 @@ def tiny_recipe(**layout: Any) -> Recipe:
         "model.language": recipe.model.language,
         "optimizer": recipe.optimizer,
         "lora": recipe.lora,
+        "numerics": recipe.numerics,
     }
     for name, value in layout.items():
         owner = next(path for path, group in groups.items() if hasattr(group, name))

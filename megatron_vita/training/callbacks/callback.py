@@ -10,6 +10,7 @@ from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.training.metrics import StepMetrics
 
 if TYPE_CHECKING:
+    from megatron_vita.training.faults import FaultReport
     from megatron_vita.training.run import Run
 
 
@@ -44,6 +45,15 @@ class Callback:
 
     def after_step(self, run: "Run", metrics: StepMetrics) -> None:
         """Follow a step: the weights are updated, and `metrics` are the same on every rank."""
+
+    def on_fault(self, run: "Run", report: "FaultReport") -> None:
+        """See a step that a rule of `numerics` refuses, before anything is done about it.
+
+        `after_step` follows it if it is skipped. After a rollback it never counted.
+        """
+
+    def on_rollback(self, run: "Run", step: int) -> None:
+        """Follow a rollback for faulty step `step`: `run.step` steps are done again."""
 
     def on_log(self, run: "Run", metrics: StepMetrics) -> None:
         """Write what is known of a step, or of a validation (`metrics.held_out`).

@@ -107,6 +107,7 @@ def _describe_step(run: Run, metrics: StepMetrics, *, left: str) -> str:
         f"step {run.step}/{run.recipe.training.train_iters}",
         f"loss {metrics.loss:.6f}",
         f"grad norm {metrics.grad_norm:.4f}",
+        *_reaction(metrics),
         f"lr {metrics.lr:.3e}",
         f"{metrics.tokens_per_second / metrics.ranks:.0f} tokens/s/GPU",
         f"{metrics.tiles_per_second / metrics.ranks:.1f} tiles/s/GPU",
@@ -121,6 +122,11 @@ def _describe_step(run: Run, metrics: StepMetrics, *, left: str) -> str:
         *(f"{name} {value:.6g}" for name, value in metrics.recorded.items()),
     )
     return " | ".join(parts)
+
+
+def _reaction(metrics: StepMetrics) -> Iterator[str]:
+    if metrics.skipped:
+        yield "skipped"
 
 
 def _damage(metrics: StepMetrics) -> Iterator[str]:

@@ -16,9 +16,17 @@ class DamageCallback(Callback):
     collective = True  # raises on all ranks at once
 
     def __init__(self, run: Run) -> None:
+        self._count(run)
+
+    def _count(self, run: Run) -> None:
+        """Count the documents of the packs that are done with."""
         assert run.train_stream is not None
         self.documents = run.train_stream.plan.documents_before(run.consumed_packs)
         self.damaged = sum(damage.pack < run.consumed_packs for damage in run.read_damage())
+
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Count anew."""
+        self._count(run)
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Count the step's documents.

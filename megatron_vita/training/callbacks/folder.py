@@ -14,17 +14,22 @@ from megatron_vita.errors import PlatformError
 from megatron_vita.files import cut_torn_line
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.environment import describe_environment
+from megatron_vita.training.faults import FaultReport, sample_keys, write_dump
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 from megatron_vita.training.run_folder import RunLog, note_start
+
+EXACT = ("train/loss", "train/grad_norm")
+"""Metrics with all digits, which a replay compares."""
 
 
 class FolderCallback(Callback):
     """Records the run in its folder, on rank 0 but for logs.
 
-    Each line of `metrics.jsonl` has `event` (start, step, validation, save, stop, error, end),
-    `step` and `time`; a value that is not finite is null. A start at step s takes back what earlier
-    starts did after s.
+    Each line of `metrics.jsonl` has `event` (start, step, fault, rollback, validation, save,
+    stop, error, end),
+    `step` and `time`; a value that is not finite is null. A start or rollback at step s takes back
+    what was done after s before.
     """
 
     def __init__(self, folder: Path, log: RunLog) -> None:
@@ -64,6 +69,26 @@ class FolderCallback(Callback):
         """Write all scalars."""
         self._write("validation" if metrics.held_out else "step", metrics.step, metrics.scalars())
 
+    def on_fault(self, run: Run, report: FaultReport) -> None:
+        """Note packs and samples of a faulty step, and write its report to a file of its own."""
+        if self._metrics is None:
+            return
+        self._write(
+            "fault",
+            report.step,
+            {
+                "action": report.action,
+                "reason": report.reason,
+                "packs": [pack.pack for pack in report.packs],
+                "samples": sample_keys(report.packs),
+                "dump": str(write_dump(report, self._folder)),
+            },
+        )
+
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Note that the steps after this one are done again."""
+        self._write("rollback", run.step, {"faulty": step})
+
     def on_save(self, run: Run, path: Path) -> None:
         """Note the checkpoint, which may be of an earlier step."""
         self._write("save", step_of(path.name), {"path": str(path)})
@@ -90,13 +115,15 @@ class FolderCallback(Callback):
         if self._metrics is None:
             return
         row = {"event": event, "step": step, "time": round(time.time(), 3)}
-        row |= {name: _plain(value) for name, value in values.items()}
+        row |= {name: _plain(value, exact=name in EXACT) for name, value in values.items()}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
 
 
-def _plain(value: Any) -> Any:
-    """Round a float to its reliable digits; None for one that is not finite."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    return value
+def _plain(value: Any, *, exact: bool) -> Any:
+    """Round a float to its reliable digits unless `exact`; None for one that is not finite."""
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return value if exact else float(f"{value:.7g}")

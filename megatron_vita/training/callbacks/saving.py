@@ -12,6 +12,7 @@ from megatron_vita.checkpoint.store import latest_name
 from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.hooks import Hooks
+from megatron_vita.training.faults import FaultReport
 from megatron_vita.training.metrics import SAVING, StepMetrics
 from megatron_vita.training.run import Run
 from megatron_vita.training.run_state import open_saver, retention_of, start_save
@@ -62,6 +63,12 @@ class SaveCallback(Callback):
             self._start(run)
         # No step follows in which it could be finished.
         if self._saver.is_active and self._hooks.knows_failure:
+            self._finish(run)
+
+    def on_fault(self, run: Run, report: FaultReport) -> None:
+        """Finish the save under way before a rollback, which looks for checkpoints, or the end."""
+        if report.action != "skip" and self._saver.is_active:
+            run.enter("saving")
             self._finish(run)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:

@@ -121,7 +121,7 @@ def awaited_samples(run: Run, number: int, *, held_out: bool) -> list[str]:
         return []
     group = groups.data_parallel_group()
     packs = packs_of_replicas(
-        run.recipe, run.train_stream.plan, first=run.consumed_packs, replicas=group.size()
+        run.recipe, run.train_stream.plan, first=run.next_pack, replicas=group.size()
     )
     return run.train_stream.keys_of(packs[group.rank()][number - 1])
 

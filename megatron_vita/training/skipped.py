@@ -1,0 +1,78 @@
+"""Packs that a run leaves out after rollbacks, durable beside its checkpoints.
+
+The file has a line for each rollback: the faulty step, the first pack that is left out, and the one
+after the last, from 0.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_vita.config.run_files import SKIPPED_PACKS
+from megatron_vita.errors import DataError
+from megatron_vita.files import append_json_lines, complete_lines
+
+
+class SkippedRange(NamedTuple):
+    """Packs from `start` up to `stop`, which is not among them, left out for a faulty step."""
+
+    step: int
+    start: int
+    stop: int
+
+
+class SkippedPacks:
+    """The ranges of a run. One is left out when the run comes to its first pack."""
+
+    def __init__(self, ranges: Iterable[SkippedRange] = ()) -> None:
+        self._stops: dict[int, int] = {}
+        self._count = 0
+        for skipped in ranges:
+            self.add(skipped)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, skipped: SkippedRange) -> None:
+        """Leave out another range."""
+        self._count += 1
+        self._stops[skipped.start] = max(skipped.stop, self._stops.get(skipped.start, 0))
+
+    def next_first(self, consumed: int) -> int:
+        """Return the first pack of the step that follows once `consumed` packs are done with."""
+        while consumed in self._stops:
+            consumed = self._stops[consumed]
+        return consumed
+
+    def consumed_after(self, consumed: int, *, steps: int, size: int) -> int:
+        """Return the packs that are done with after `steps` more steps of `size` packs."""
+        for _ in range(steps):
+            consumed = self.next_first(consumed) + size
+        return consumed
+
+    def firsts(self, consumed: int, *, steps: int, size: int) -> list[int]:
+        """Return the first pack of each of the `steps` steps of `size` packs that follow."""
+        found = []
+        for _ in range(steps):
+            found.append(self.next_first(consumed))
+            consumed = found[-1] + size
+        return found
+
+
+def read_skipped(folder: Path) -> SkippedPacks:
+    """Read what rollbacks of a run that saves to `folder` have left out.
+
+    Raises:
+        DataError: a line is none of such a file.
+    """
+    path = folder / SKIPPED_PACKS
+    try:
+        return SkippedPacks(SkippedRange(**json.loads(line)) for line in complete_lines(path))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a list of packs left out by rollbacks: {error}") from error
+
+
+def write_skipped(folder: Path, skipped: SkippedRange) -> None:
+    """Add a range to the file, durably."""
+    append_json_lines(folder / SKIPPED_PACKS, [skipped._asdict()])
