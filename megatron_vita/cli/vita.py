@@ -35,6 +35,10 @@ COMMANDS = {
         "megatron_vita.report.__main__:main",
         "show runs side by side as one HTML page: loss, speed, memory, data, restarts",
     ),
+    "replay": Command(
+        "megatron_vita.cli.replay:main",
+        "train up to a logged step again, and compare with the log bit for bit",
+    ),
     "convert": Command(
         "megatron_vita.convert.__main__:main",
         "weights from Hugging Face, GGUF and Megatron, and back",

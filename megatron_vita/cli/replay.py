@@ -1,0 +1,146 @@
+"""vita replay: train up to a logged step again, and compare with the log bit for bit.
+
+The run's newest whole checkpoint before the step is loaded; nothing is written to the run's folder. As
+many ranks are needed as the run had: python -m megatron_vita.launch --standalone --nproc_per_node RANKS
+-m megatron_vita replay RUN --step N. The exit code is 1 if a step's loss or gradient norm differs.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vita.config import Recipe, load_recipe
+from megatron_vita.config.run_files import RECIPE
+from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.report.reading import Row, RunRecord, read_run
+from megatron_vita.supervise.rank_failure import report_failure
+
+if TYPE_CHECKING:
+    from megatron_vita.training.replay import LoggedStep
+
+_EARLIER = re.compile(r"recipe_until_step_(\d+)\.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedRun:
+    """A run's records, as far as a replay of one of its steps needs them."""
+
+    record: RunRecord
+    recipe: Recipe  # that the step was done with
+    checkpoints: Path
+    step: int
+
+    def check(self, first: int, *, ranks: int) -> None:
+        """Check that one recipe and as many ranks as now did the steps from `first`.
+
+        Raises:
+            ConfigError: they did not; the digits could not be the same.
+        """
+        place = f"{self.record.folder}: steps {first} to {self.step}"
+        changes = [
+            until for until in _earlier_recipes(self.record.folder) if first <= until < self.step
+        ]
+        if changes:
+            raise ConfigError(
+                f"{place}, from the checkpoint before, were done with recipes that changed after step {changes[0]}: "
+                f"replay a step up to {changes[0]}, or one after a later checkpoint"
+            )
+        for i, segment in enumerate(self.record.segments):
+            # Later starts have taken back what comes after their own beginnings.
+            end = min([self.step, *(later.start for later in self.record.segments[i + 1 :])])
+            had = segment.about.get("ranks", ranks)
+            if end >= first and end > segment.start and had != ranks:
+                raise ConfigError(
+                    f"{place} were done by {had} ranks, and these are {ranks}: start the replay with --nproc_per_node "
+                    f"{had} (on as many machines as the run)"
+                )
+
+
+def read_replayed(folder: Path, step: int) -> ReplayedRun:
+    """Read the records of the run in `folder`.
+
+    Raises:
+        DataError: there are none.
+        ConfigError: the run has not logged the step.
+    """
+    record = read_run(folder)
+    if step not in record.steps:
+        known = f"steps {min(record.steps)} to {max(record.steps)}" if record.steps else "no step"
+        raise ConfigError(f"--step is {step}: {folder} has logged {known}")
+    until = min((end for end in _earlier_recipes(folder) if end >= step), default=None)
+    name = RECIPE if until is None else f"recipe_until_step_{until:08d}.yaml"
+    recipe = load_recipe(folder / name)
+    if not recipe.checkpoint.save:
+        raise ConfigError(f"{folder / name}: checkpoint.save is empty: the run has saved nothing")
+    # The folder may have been moved since.
+    checkpoints = Path(recipe.checkpoint.save) if recipe.training.run_dir else folder
+    return ReplayedRun(record=record, recipe=recipe, checkpoints=checkpoints, step=step)
+
+
+def _earlier_recipes(folder: Path) -> list[int]:
+    """Return the last steps of earlier recipes of a run, in ascending order."""
+    matches = (_EARLIER.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def replay_run(folder: Path, step: int) -> None:
+    """Replay a step of the run in `folder`. Collective.
+
+    Raises:
+        ConfigError: it cannot be replayed.
+        VitaError: a step is not as logged.
+    """
+    import torch.distributed as dist
+
+    from megatron_vita.training.replay import open_replay, replay
+
+    replayed = read_replayed(folder, step)
+    run = open_replay(replayed.recipe, replayed.checkpoints, step=step)
+    first = run.step + 1
+    replayed.check(first, ranks=dist.get_world_size())
+    logged = {number: _logged(row) for number, row in replayed.record.steps.items()}
+    if differing := replay(run, logged, step=step):
+        listed = ", ".join(map(str, differing))
+        raise VitaError(f"{folder}: steps {first} to {step} were replayed; not as logged: {listed}")
+
+
+def _logged(row: Row) -> "LoggedStep":
+    from megatron_vita.training.replay import LoggedStep
+
+    return LoggedStep(
+        loss=row.get("train/loss"),
+        grad_norm=row.get("train/grad_norm"),
+        is_skipped="train/skipped" in row,
+    )
+
+
+def parse_arguments(arguments: list[str], *, name: str) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run", type=Path, help="folder of the run: training.run_dir, or else checkpoint.save"
+    )
+    parser.add_argument("--step", type=int, required=True, help="the step to end with")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str], *, name: str) -> int:
+    """Replay a step, and return the exit code: 0 if all steps are as logged."""
+    try:
+        options = parse_arguments(arguments, name=name)
+        read_replayed(options.run, options.step)  # before seconds of imports
+        from megatron_vita import platform
+
+        platform.initialize_process()
+        import torch.distributed as dist
+
+        platform.set_up_logging(dist.get_rank())
+        replay_run(options.run, options.step)
+        platform.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error)
+    return 0
