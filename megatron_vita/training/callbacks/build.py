@@ -13,6 +13,7 @@ from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.mlflow import MlflowCallback
 from megatron_vita.training.callbacks.profiling import ProfileCallback
 from megatron_vita.training.callbacks.recording import RecordCallback
+from megatron_vita.training.callbacks.replicas import ReplicaCallback
 from megatron_vita.training.callbacks.saving import SaveCallback
 from megatron_vita.training.callbacks.slow_ranks import SlowRankCallback
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
@@ -65,6 +66,8 @@ def _parts_of_the_loop(run: Run, hooks: Hooks) -> Iterator[Callback]:
         yield SlowRankCallback(
             steps=recipe.training.slow_rank_steps, factor=recipe.training.slow_rank_factor
         )
+    if recipe.numerics.compare_weights_steps:
+        yield ReplicaCallback(steps=recipe.numerics.compare_weights_steps)
     yield RecordCallback(hooks)
     yield DamageCallback(run)
     if recipe.training.profile_step_start:

@@ -1,0 +1,103 @@
+"""Ranks of every layout take the same decision on a step that one rank's gradient has spoilt."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_vita.cli.replay import replay_run
+from megatron_vita.config import load_recipe
+from megatron_vita.errors import VitaError
+from megatron_vita.training.callbacks.replicas import ReplicaCallback
+from megatron_vita.training.loop import train
+from megatron_vita.training.step import train_step
+from tests.functional.launch import run_ranks
+from tests.functional.layout_worker import my_batches, open_layout
+from tests.functional.poison import KINDS, Poison, check_skips
+from tests.functional.rollback_runs import RULES, check_rollback
+from tests.functional.toy_run import make_toy_run
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"use_distributed_optimizer": False},
+    {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    {"tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+]
+
+
+def check_layouts() -> None:
+    """Check on each rank that it skips or stops."""
+    for fields in LAYOUTS:
+        check_skips(fields, KINDS)
+        run = open_layout(dict(fields), None)
+        Poison(run, rank=1).spoil(**KINDS[0])
+        with pytest.raises(VitaError, match="gradient norm nan"):
+            train_step(run, iter(my_batches(run, 0)))
+        assert run.step == 0
+
+
+def test_all_ranks_skip_or_stop_for_one_ranks_gradient() -> None:
+    run_ranks(check_layouts, 2)
+
+
+def check_rollbacks(recipe_path: str, folder: str) -> None:
+    """Check on each rank that rollbacks end as they must, at layouts of two ranks."""
+    recipe = load_recipe(recipe_path)
+    for name, field in {
+        "dp2": {},
+        "tp2": {"parallel.tensor_model_parallel_size": 2},
+        "pp2": {"parallel.pipeline_model_parallel_size": 2},
+    }.items():
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        check_rollback(recipe.replaced(field), place)
+
+
+def test_all_ranks_roll_back_for_one_ranks_gradient(tmp_path: Path) -> None:
+    run_ranks(check_rollbacks, 2, str(make_toy_run(tmp_path)), str(tmp_path))
+
+
+def check_replays(recipe_path: str, folder: str) -> None:
+    """Check on each rank that a run of two ranks is replayed bit for bit."""
+    recipe = load_recipe(recipe_path).replaced(RULES)
+    for name, field in {"dp2": {}, "tp2": {"parallel.tensor_model_parallel_size": 2}}.items():
+        save = str(Path(folder) / name)
+        train(recipe.replaced(field | {"checkpoint.save": save, "training.train_iters": 3}))
+        replay_run(Path(save), 3)
+
+
+def test_a_run_of_two_ranks_is_replayed_bit_for_bit(tmp_path: Path) -> None:
+    run_ranks(check_replays, 2, str(make_toy_run(tmp_path)), str(tmp_path))
+
+
+CASES: list[dict[str, Any]] = [
+    {"use_distributed_optimizer": False},
+    {"use_distributed_optimizer": True},
+    {"context_parallel_size": 3, "seq_length": 144, "document_alignment": 12},
+]
+
+
+def check_flipped_bits() -> None:
+    """Check on each of three ranks that a flipped bit of one is found by all, and no other."""
+    metrics: Any = None
+    for fields in CASES:
+        run = open_layout(fields | {"global_batch_size": 3}, None)
+        callback = ReplicaCallback(steps=2)
+        run.step = 2
+        callback.after_step(run, metrics)
+        name, parameter = list(run.unwrapped_model.named_parameters())[5]
+        if dist.get_rank() == 1:
+            parameter.data.view(-1).view(torch.int32)[3] ^= 1
+        run.step = 3
+        callback.after_step(run, metrics)  # not yet due
+        run.step = 4
+        message = f"step 4: .* after step 2: 1 parameters: {re.escape(name)} on rank 1, of 3 copies"
+        with pytest.raises(VitaError, match=message):
+            callback.after_step(run, metrics)
+
+
+def test_a_flipped_bit_is_named_by_rank_and_parameter() -> None:
+    run_ranks(check_flipped_bits, 3)
