@@ -87,7 +87,7 @@ def prospect(model: ModelConfig) -> str:
 
 
 def _misfit(folder_format: FolderFormat, model: ModelConfig) -> str | None:
-    """What a new folder of a format could not say of a model; None if it holds the whole model."""
+    """Describe what a new folder of a format cannot hold of a model; None if it holds all."""
     names = {name for rule in folder_format.table(model) for name in rule.theirs}
     try:
         said = folder_format.read(Config(folder_format.write(model, {}), CONFIG), names)

@@ -40,7 +40,7 @@ def test_tests_that_cards_name_exist() -> None:
 
 
 def steps_cell(record: dict[str, Any]) -> str:
-    """What a card says of measured steps."""
+    """The cell of a card about measured steps."""
     thousands = record["tokens"] // 1024
     tokens = f"{thousands // 1024}M" if thousands >= 1024 else f"{thousands}K"
     documents = f"{record['documents']} document" + "s" * (record["documents"] > 1)
