@@ -69,6 +69,7 @@ def stamp_of(state: dict[str, Any]) -> str:
     """Compute the stamp of the weights in a sharded state; the same at every layout. Collective."""
     total = torch.zeros((), dtype=torch.int64, device=platform.device())
     for tensor in sharded_tensors(state):
+        # Each element counts once, however many ranks hold it.
         if is_main_replica(tensor.replica_id):
             axis = tensor.prepend_axis_num
             layer = tensor.global_offset[0] if axis else None
@@ -98,11 +99,13 @@ def _sum_of(tensor: Tensor, key: str, layer: int | None, *, first_row: int = 0) 
     """Sum a tensor's bits by name and row, modulo 2**64."""
     rows = tensor.reshape(len(tensor), -1)
     digest = hashlib.sha256(f"{key}/{layer}".encode()).digest()
+    # Odd, and so invertible modulo 2**64: the factor loses no bit of the sum.
     of_name = int.from_bytes(digest[:8], "little", signed=True) | 1
     total = rows.new_zeros((), dtype=torch.int64)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE].contiguous()
         sums = part.view(_INTEGERS[part.element_size()]).sum(1, dtype=torch.int64)
+        # Weights from 1: swapped rows give another sum, and the first row counts.
         numbers = torch.arange(len(part), device=part.device) + (first_row + start + 1)
         total += (sums * numbers).sum()
     return total * of_name

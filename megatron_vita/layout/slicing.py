@@ -137,6 +137,7 @@ def route_features(
         rows_per_tile: feature rows of a tile.
         layout: coordinates of the rank.
     """
+    # By position of the pack first, then for each row of each tile.
     destination, slice_row = _holders(owner, layout)
     position = placements[:, None] + torch.arange(rows_per_tile)  # [N, rows_per_tile]
     destination = destination[position]
@@ -165,6 +166,7 @@ def _holders(owner: Tensor, layout: RankLayout) -> tuple[Tensor, Tensor]:
     for cp_rank in range(layout.cp_size):
         held = owner == cp_rank
         row[held] = torch.arange(int(held.sum()))
+    # The slice of a CP rank is cut into equal consecutive parts, one for each of its TP ranks.
     tp_rank = row // size
     if layout.vision_tensor_parallel:
         return owner.where(tp_rank == layout.tp_rank, ELSEWHERE), row % size

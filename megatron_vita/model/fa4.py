@@ -122,6 +122,7 @@ def _attend(
     grads = kernel.backward(
         grad, query=query, key=key, value=value, out=out, lse=lse, bounds=bounds
     )
+    # Kernels run later than their calls: their errors must be raised here.
     torch.cuda.synchronize()
     return out, *grads
 
@@ -130,6 +131,7 @@ def _compare(found: tuple[Tensor, ...], expected: list[Tensor]) -> None:
     names = ("output", "query gradient", "key gradient", "value gradient")
     for name, ours, exact in zip(names, found, expected, strict=True):
         error = ((ours.float() - exact).norm() / exact.norm()).item()
+        # Not `error >= ...`, which NaN would pass.
         if not error < LARGEST_ERROR:
             raise PlatformError(
                 f"FlashAttention-4 computes wrongly here: its {name} differs from torch's attention by {error:.2%}, of "
@@ -146,6 +148,7 @@ def _in_fp32(*tensors: Tensor, lengths: tuple[list[int], list[int]]) -> list[Ten
     for query, key, value, grad in zip(*split, strict=True):
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         q, k, v = (x.transpose(0, 1) for x in inputs)
+        # Aligned at the ends: the last query sees all keys, of which earlier ones may have no query.
         mask = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device)
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask.tril(len(key) - len(query)), enable_gqa=True

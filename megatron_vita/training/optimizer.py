@@ -147,6 +147,7 @@ def build_optimizer(
     core.grad_scale_func = built.scale_loss
     core.finalize_model_grads_func = finalize_gradients
     if recipe.parallel.overlap_grad_reduce:
+        # megatron-core takes a list for interleaved chunks alone.
         waits = [chunk.no_sync for chunk in chunks]
         core.no_sync_func = waits if len(waits) > 1 else waits[0]
     return built, schedule
@@ -203,6 +204,7 @@ def _vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     for depth in range(layers + 1):
         factor = optimizer.vision_lr_mult * optimizer.vision_lr_decay ** (layers + 1 - depth)
         part = f"vision_model.layers.{depth - 1}." if depth else "vision_model.embeddings."
+        # `part=part` binds the part of this turn: the function is called after the loop.
         predicate = ParamWithNamePredicate(
             name=part, fn=lambda _, name, part=part: part in name and not _is_adapter(name)
         )
@@ -227,5 +229,6 @@ def finalize_gradients(
         return
     parts = [part for chunk in model for part in chunk.module.parts_with_partial_gradients()]
     grads = [p.main_grad for part in parts for p in part.parameters() if p.requires_grad]
+    # All reductions are in flight at once, since most of them are small.
     for work in [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]:
         work.wait()

@@ -62,6 +62,7 @@ class StackedAdapter(nn.Module):
         self._served = served
         self._reduce = next(iter(adapters.values())).reduce
         a = [adapter.a.detach() for adapter in adapters.values()]
+        # The scale is part of B here, so that no step multiplies by it.
         b = [adapter.output_weight().detach() * adapter.scale for adapter in adapters.values()]
         owner = [torch.full((len(x.a),), number) for number, x in adapters.items()]
         for name, parts, axis in (("a", a, 0), ("b", b, 1), ("owner", owner, 0)):
@@ -70,6 +71,7 @@ class StackedAdapter(nn.Module):
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the updates of each row's adapter to the map's output: [t, 1, in], [t, 1, out]."""
         hidden = self._reduce(F.linear(x, self.a)).flatten(0, -2)
+        # Columns of other adapters become zero, so that one product serves rows of all.
         own = self._served.rows[:, None] == self.owner  # [t, columns]
         updated = torch.addmm(output.flatten(0, -2), hidden * own, self.b.t())
         return updated.view(*output.shape)

@@ -67,6 +67,7 @@ class Hooks:
             try:
                 getattr(callback, hook)(self._run, *arguments, **keywords)
             except Exception as error:
+                # The other ranks wait in its collective: this one must not enter another.
                 if callback.collective:
                     raise
                 self._keep(error, callback, hook)
@@ -156,6 +157,7 @@ class Hooks:
         Raises:
             ConfigError: they differ.
         """
+        # Else ranks would wait for each other in the collectives of different callbacks.
         names = [name_of(callback) for callback in self.callbacks]
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, names)
