@@ -68,6 +68,7 @@ def compare_logits(checkpoint: Path, folder: Path | None) -> str:
     recipe = store.recipe_of(checkpoint)
     needed = model_parameters(recipe.model) * 4 * (1 if folder is None else 2)
     free = psutil.virtual_memory().available
+    # Weights in fp32 alone: activations need some of the rest.
     if needed > 0.8 * free:
         return (
             f"no forward pass: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
@@ -95,9 +96,11 @@ def _compare(checkpoint: Path, theirs: "Reference", probes: list[Probe], ours: l
         if not theirs.takes(probe):
             alone.append(probe.name)
             continue
+        # Either model may have rows that pad the vocabulary.
         expected = theirs.logits(probe)[:, : logits.shape[1]]
         apart = float((logits[:, : expected.shape[1]] - expected).abs().max())
         apart /= float(expected.abs().max())
+        # Not `apart > CLOSE`, which NaN would pass.
         if not apart <= CLOSE:
             raise CheckpointError(
                 f"{checkpoint}: logits of {probe.name} are {apart:.1e} (of the largest) away from those of "
@@ -138,6 +141,7 @@ def _forward(model: VitaModel, probe: Probe, recipe: Recipe) -> Tensor:
         rows_per_tile=recipe.model.vision.image_token_length,
         layout=groups.rank_layout(),
     )
+    # The last ones, since they depend on all tokens and tiles before them.
     rows = torch.arange(max(length - ROWS, 0), length)
     pixels = probe.pixels.to(platform.device())
     return model(pixels, pack.to(platform.device()), wanted_rows=rows).cpu()
@@ -164,6 +168,7 @@ class Reference:
 
         if folder is None:
             return cls(folder=None, lacks="the format holds no language model")
+        # Code of a folder is never run, however it is named there.
         place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         path = folder
         if folder.suffix == GGUF:
@@ -177,6 +182,7 @@ class Reference:
             whole = hasattr(config, "vision_config")
             loader = AutoModelForImageTextToText if whole else AutoModelForCausalLM
             model = loader.from_pretrained(path, dtype=torch.float32, **place).eval()
+        # Such as an unknown model type or a missing field: no error of the checkpoint.
         except (ValueError, KeyError, OSError) as error:
             logger.warning(
                 "%s: transformers cannot load it, so logits are not compared: %s",

@@ -65,6 +65,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     path = folder / METRICS
     try:
+        # Bytes: a text would also be split at line separators inside of strings.
         rows = list(_parse(path.read_bytes().splitlines()))
     except OSError as error:
         raise DataError(
@@ -74,6 +75,7 @@ def read_run(folder: Path) -> RunRecord:
         raise DataError(f"{path}: no whole line in it yet")
     steps, validations, segments = _replay(rows)
     recipe = folder / RECIPE
+    # Two parts, since folders of runs are often named alike, such as checkpoints.
     return RunRecord(
         name="/".join(folder.resolve().parts[-2:]),
         folder=folder,
@@ -115,6 +117,7 @@ def _replay(rows: list[Row]) -> tuple[dict[int, Row], dict[int, Row], list[Segme
         if event == "start" or not segments:
             segments.append(_begin(row, step, segments))
         if event in ("start", "rollback"):
+            # These steps were done again, or never counted.
             for known in (steps, validations):
                 for later in [number for number in known if number > step]:
                     del known[later]

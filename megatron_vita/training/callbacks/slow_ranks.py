@@ -121,6 +121,7 @@ class SlowRankCallback(Callback):
             data=self._data,
             communication=self._communication,
         )
+        # Anew for each comparison: a rank that has been slow long ago is not named again.
         self._count = 0
         self._seconds = 0.0
         self._data = 0.0
