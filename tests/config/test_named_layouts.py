@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -91,7 +92,7 @@ def test_what_a_checkpoint_says_of_its_layout_changes_nothing() -> None:
 
 
 def test_a_dry_run_begins_with_the_name_of_the_layout(tmp_path: Path) -> None:
-    report = SimpleNamespace(world_size=8, data_parallel=1, stages=[])
+    report: Any = SimpleNamespace(world_size=8, data_parallel=1, stages=[])
     lines = dry_report._layout(recipe_of(tmp_path, layout=NAME), report, 8)
     assert next(lines) == f"layout {NAME}"
     assert next(lines).startswith("layout of 8 ranks: TP ")

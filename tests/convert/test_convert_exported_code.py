@@ -3,6 +3,7 @@ give our prompts, pixels, logits and answers."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def with_media(checkpoint: Path, **fields: Any) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(change_manifest))
 
 
-ODD = {
+ODD: dict[str, Any] = {
     "tiling": "anyres", "grids": ["2x1", "1x2", "2x2"], "max_fps": 2.0, "max_frames": 5,
     "video_fit": "squash", "normalization": [[0.5, 0.25, 0.5], [0.25, 0.5, 0.5]],
 }  # fmt: skip
@@ -222,6 +223,21 @@ def test_frames_are_taken_as_they_are_and_prompts_are_padded_at_the_left(
     ids = exported.processor.tokenizer.convert_tokens_to_ids(list(IDS))
     assert exported.model.config.media_token_ids == ids
     assert one["input_ids"][0].count(ids[2]) == 3 * ROWS
+
+
+def test_the_example_of_the_page_runs_as_it_is(
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text()
+    (example,) = re.findall(r"```python\n(from transformers import Auto.*?)```", page, re.DOTALL)
+    photograph((90, 60)).save(tmp_path / "cat.jpg")
+    (tmp_path / "published").symlink_to(exported.folder)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert "What is it?" in capsys.readouterr().out
 
 
 def test_a_transparent_image_is_shown_over_white(exported: Exported) -> None:

@@ -195,7 +195,7 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Return the output layer."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the output layer."""
         self.lm_head = new_embeddings
 
@@ -232,15 +232,16 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds is needed, and not both")
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self._embedded(input_ids, pixel_values)
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where their features belong")
         found = self.model(inputs_embeds=inputs_embeds, **options)
-        rows = logits_to_keep
-        if isinstance(rows, int):
-            rows = slice(-rows, None)
-        logits = self.lm_head(found.last_hidden_state[:, rows])
+        hidden = found.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            logits = self.lm_head(hidden[:, -logits_to_keep:])
+        else:
+            logits = self.lm_head(hidden[:, logits_to_keep])
         loss = None
         if labels is not None:
             rows_of_vocabulary = self.config.text_config.vocab_size

@@ -22,7 +22,7 @@ from transformers.image_utils import load_image
 try:
     import av
 except ImportError:
-    av = None
+    av = None  # type: ignore[assignment]
 
 _TAG = re.compile("<(image|video|IMG_CONTEXT)>")  # as chat templates write the place of a medium
 _TOLERANCE = 5e-4  # seconds by which a container's clock may round the time of a frame
@@ -289,17 +289,18 @@ def _frame_starts(path: str) -> tuple[list[float], float]:
     """Read times of all frames in seconds from the first, ascending, and the video's duration."""
     with av.open(path) as container:
         stream = container.streams.video[0]
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        shown = [packet for packet in packets if not packet.is_discard]
-        if not shown or any(packet.pts is None for packet in shown):
-            raise ValueError(f"{path}: has no frames with times: give frames instead")
-        unit = float(stream.time_base)
-        shown.sort(key=lambda packet: packet.pts)
-        last = 1 / (stream.average_rate or 25)
-        if shown[-1].duration:
-            last = shown[-1].duration * unit
-        starts = [(packet.pts - shown[0].pts) * unit for packet in shown]
-        return starts, starts[-1] + float(last)
+        unit = float(stream.time_base or 0)
+        packets = [
+            (packet.pts, packet.duration)
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard
+        ]
+        rate = float(stream.average_rate or 25)
+    known = sorted((pts, duration or 0) for pts, duration in packets if pts is not None)
+    if not known or len(known) < len(packets):
+        raise ValueError(f"{path}: has no frames with times: give frames instead")
+    starts = [(pts - known[0][0]) * unit for pts, _ in known]
+    return starts, starts[-1] + (known[-1][1] * unit or 1 / rate)
 
 
 def _nearest_grid(

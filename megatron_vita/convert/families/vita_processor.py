@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_vita.config import MediaConfig, VisionConfig
+from megatron_vita.config.media import NORMALIZATIONS, NormalizationName
 from megatron_vita.convert.config_file import Config
 from megatron_vita.media.normalization import NORMALIZATION, mean_and_deviation
 
@@ -44,9 +45,9 @@ def read_vita_processor(config: Config, vision: VisionConfig) -> MediaConfig:
         )
 
 
-def _named(colors: list[list[float]]) -> str | list[list[float]]:
+def _named(colors: list[list[float]]) -> NormalizationName | list[list[float]]:
     """Name of a normalization, or its mean and deviation where it has none."""
-    for name, known in NORMALIZATION.items():
-        if [list(color) for color in known] == colors:
+    for name in NORMALIZATIONS:
+        if [list(color) for color in NORMALIZATION[name]] == colors:
             return name
     return colors
