@@ -20,7 +20,7 @@ from megatron_vita import platform
 from megatron_vita.config import Recipe, adapted_maps
 from megatron_vita.config.lora import Part
 from megatron_vita.errors import CheckpointError
-from megatron_vita.model.lora import ADAPTER
+from megatron_vita.model.lora import is_adapter
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel.sharded_state import sharded_tensors
 
@@ -42,14 +42,13 @@ def trained_state(state: dict[str, Any], chunks: list[VitaModel]) -> dict[str, A
 
 def adapters_state(state: dict[str, Any], saved: Recipe) -> dict[str, Any]:
     """Return the part of the chunks' sharded state that a run of recipe `saved` trained."""
-    infix = f".{ADAPTER}."
     parts = [part for part in get_args(Part) if not getattr(saved.training, f"freeze_{part}")]
     beginnings = tuple(f"{part}." for part in parts)
     return {
         number: {
             name: value
             for name, value in of_chunk.items()
-            if infix in name or name.startswith(beginnings)
+            if is_adapter(name) or name.startswith(beginnings)
         }
         for number, of_chunk in state.items()
     }
@@ -57,9 +56,8 @@ def adapters_state(state: dict[str, Any], saved: Recipe) -> dict[str, Any]:
 
 def base_state(state: dict[str, Any]) -> dict[str, Any]:
     """Return the chunks' sharded state without their adapters."""
-    infix = f".{ADAPTER}."
     return {
-        number: {name: value for name, value in of_chunk.items() if infix not in name}
+        number: {name: value for name, value in of_chunk.items() if not is_adapter(name)}
         for number, of_chunk in state.items()
     }
 
@@ -180,3 +178,15 @@ def check_whole(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
             f"{checkpoint}: holds adapters alone, of {named(manifest[BASE]['path'])}; merge them first: "
             "vita convert merge-lora"
         )
+
+
+def base_of(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the field `base` of a checkpoint of adapters.
+
+    Raises:
+        CheckpointError: it holds a whole model.
+    """
+    if BASE not in manifest:
+        raise CheckpointError(f"{checkpoint}: holds a whole model, no adapters")
+    known: dict[str, str] = manifest[BASE]
+    return known

@@ -234,16 +234,15 @@ def set_model_state(chunks: list[VitaModel], state: dict[str, Any]) -> None:
         chunk.load_state_dict(state[str(i)], strict=False)
 
 
-def load_weights(chunks: list[VitaModel], checkpoint: Path) -> None:
-    """Load a model's weights from a checkpoint written by any layout. Collective."""
-    state = load_state(checkpoint, {"model": model_state(chunks)})
-    set_model_state(chunks, state["model"])
+def load_weights(chunks: list[VitaModel], checkpoint: Path, *, with_adapters: bool = True) -> None:
+    """Load a model's weights from a checkpoint written by any layout. Collective.
 
-
-def load_base(chunks: list[VitaModel], checkpoint: Path) -> None:
-    """Load a model's weights but for its adapters. Collective."""
-    state = load_state(checkpoint, {"model": base.base_state(model_state(chunks))})
-    set_model_state(chunks, state["model"])
+    with_adapters: load the model's adapters too, if it has any; the checkpoint must hold them.
+    """
+    state = model_state(chunks)
+    if not with_adapters:
+        state = base.base_state(state)
+    set_model_state(chunks, load_state(checkpoint, {"model": state})["model"])
 
 
 def load_adapters(chunks: list[VitaModel], checkpoint: Path, *, saved: Recipe) -> None:

@@ -13,6 +13,14 @@ Part = Literal["vision_model", "projector", "language_model"]
 
 LANGUAGE_MAPS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
+Split = Literal["column", "row"]
+_SPLITS: dict[str, Split] = {
+    "linear_qkv": "column",
+    "linear_proj": "row",
+    "linear_fc1": "column",
+    "linear_fc2": "row",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -83,6 +91,16 @@ class LinearMap:
     def part(self) -> Part:
         """Part of the model that it is in."""
         return cast(Part, self.name.partition(".")[0])
+
+    @property
+    def kind(self) -> str:
+        """Last part of its name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def split(self) -> Split | None:
+        """Split of its weight over TP; None in tower and projector, whose maps are whole."""
+        return _SPLITS.get(self.kind)
 
     @property
     def layer(self) -> int | None:

@@ -228,9 +228,7 @@ def _check_adapter_dropout(recipe: "Recipe") -> None:
         return
     training = recipe.training
     reason = ""
-    if training.fit_memory:
-        reason = "training.fit_memory does not count its masks"
-    elif any(a.linear.part != "language_model" for a in adapted_maps(recipe.model, recipe.lora)):
+    if any(a.linear.part != "language_model" for a in adapted_maps(recipe.model, recipe.lora)):
         reason = "lora.targets names maps of other parts than the language model"
     elif training.recompute_granularity == "full" and training.recompute_method == "uniform":
         reason = "training.recompute_method is uniform; use block"

@@ -1,19 +1,16 @@
 """Checkpoints of adapters as files: reading, writing, and merging into their base."""
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vita.checkpoint import store
-from megatron_vita.checkpoint.base import BASE, check_base, stamp_of_parts
-from megatron_vita.checkpoint.manifest import FORMAT_VERSION, MANIFEST, SCORES, TENSORS
+from megatron_vita.checkpoint.base import BASE, base_of, check_base, stamp_of_parts
+from megatron_vita.checkpoint.manifest import MANIFEST, SCORES, TENSORS
 from megatron_vita.checkpoint.tokenizer_copy import FILE, FOLDER, copy_tokenizer
 from megatron_vita.config import AdaptedMap, Recipe, adapted_maps, recipe_from_dict
 from megatron_vita.convert.families.adapters import Matrices, update_of
@@ -24,8 +21,9 @@ from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
 from megatron_vita.convert.progress import ProgressBar
 from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.convert.writing import write_first_manifest
 from megatron_vita.errors import CheckpointError
-from megatron_vita.model.lora import ADAPTER
+from megatron_vita.model.lora import ADAPTER, is_adapter
 
 ALL_PARTS = ("vision_model", "projector", "language_model")
 _OF_TENSORS = (".metadata", "common.pt", "metadata.json", MANIFEST, SCORES, "model.yaml")
@@ -51,10 +49,8 @@ class AdapterCheckpoint:
         checkpoint = store.find_checkpoint(path)
         manifest = store.read_manifest(checkpoint)
         recipe = recipe_from_dict(manifest["recipe"])
-        if BASE not in manifest:
-            raise CheckpointError(f"{checkpoint}: holds a whole model, no adapters")
-        source = DistSource(checkpoint)
-        return cls(path=checkpoint, recipe=recipe, base=manifest[BASE], source=source)
+        base = base_of(checkpoint, manifest)
+        return cls(path=checkpoint, recipe=recipe, base=base, source=DistSource(checkpoint))
 
     @property
     def adapted(self) -> list[AdaptedMap]:
@@ -76,9 +72,10 @@ class AdapterCheckpoint:
 
     def trained_beside(self) -> set[str]:
         """Return the keys of weights that were trained fully beside the adapters."""
-        infix = f".{ADAPTER}."
         beginnings = tuple(f"{part}." for part in ALL_PARTS)
-        return {key for key in self.source.infos if key.startswith(beginnings) and infix not in key}
+        return {
+            key for key in self.source.infos if key.startswith(beginnings) and not is_adapter(key)
+        }
 
 
 def write_adapters(
@@ -103,7 +100,7 @@ def write_adapters(
             chunks.append(_small_chunk(key, tensor.contiguous()))
     with new_folder(destination) as folder:
         write_distributed(folder, chunks)
-        _write_manifest(folder, recipe, {BASE: base})
+        write_first_manifest(folder, recipe, {BASE: base})
 
 
 def _small_chunk(key: str, tensor: Tensor) -> TensorChunk:
@@ -115,16 +112,6 @@ def _small_chunk(key: str, tensor: Tensor) -> TensorChunk:
         make=lambda: tensor,
         done=lambda: None,
     )
-
-
-def _write_manifest(folder: Path, recipe: Recipe, more: dict[str, Any]) -> None:
-    values = {
-        "format_version": FORMAT_VERSION,
-        "step": 0,
-        "consumed_packs": 0,
-        "recipe": dataclasses.asdict(recipe),
-    }
-    (folder / MANIFEST).write_text(json.dumps(values | more))
 
 
 def merge_adapters(adapters: Path, destination: Path, *, base: Path | None = None) -> None:
@@ -154,7 +141,7 @@ def merge_adapters(adapters: Path, destination: Path, *, base: Path | None = Non
         _take_tokenizer(opened.path, folder)
         with ProgressBar("merging", nbytes=merge.nbytes) as progress:
             write_distributed(folder, list(merge.chunks(progress)))
-        _write_manifest(folder, _recipe_of_merged(recipe, opened.recipe), {})
+        write_first_manifest(folder, _recipe_of_merged(recipe, opened.recipe))
 
 
 def _take_tokenizer(adapters: Path, folder: Path) -> None:

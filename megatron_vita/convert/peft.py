@@ -206,7 +206,10 @@ def import_adapters(folder: Path, destination: Path, *, base: Path) -> int:
         return join_adapter(adapted, read)
 
     write_adapters(
-        destination, adapted_recipe, base={"path": str(whole), "stamp": ""}, matrices=matrices
+        destination,
+        adapted_recipe,
+        base={"path": str(whole.absolute()), "stamp": ""},
+        matrices=matrices,
     )
     return len(found)
 

@@ -47,7 +47,7 @@ def write_checkpoint(
         found = str(place) if has_tokenizer(folder / place) else ""
         recipe = recipe.replaced({"text.tokenizer": found})
         (folder / RECIPE).write_text(_as_yaml(recipe, destination))
-        (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
+        write_first_manifest(folder, recipe)
 
 
 def _chunks(
@@ -89,13 +89,23 @@ def _chunk(
     )
 
 
-def _manifest(recipe: Recipe) -> dict[str, Any]:
-    return {
+def write_first_manifest(
+    folder: Path, recipe: Recipe, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write the manifest of a checkpoint that no run has trained yet.
+
+    Args:
+        folder: the checkpoint.
+        recipe: model and settings.
+        more: further fields.
+    """
+    values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "step": 0,
         "consumed_packs": 0,
         "recipe": dataclasses.asdict(recipe),
     }
+    (folder / MANIFEST).write_text(json.dumps(values | dict(more or {})))
 
 
 def _as_yaml(recipe: Recipe, destination: Path) -> str:

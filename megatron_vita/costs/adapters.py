@@ -3,8 +3,6 @@
 from megatron_vita.config import AdaptedMap, Recipe, adapted_maps
 from megatron_vita.config.lora import Part
 
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
-
 
 def whole_adapters(recipe: Recipe) -> int:
     """Count the parameters of all adapters, each once."""
@@ -43,9 +41,8 @@ def _of_map(adapted: AdaptedMap, recipe: Recipe, *, tp: int) -> int:
     linear = adapted.linear
     inputs = linear.inputs * len(adapted.chosen)
     outputs = linear.outputs
-    if linear.part == "language_model":
-        if linear.name.endswith(_ROW_PARALLEL):
-            inputs //= tp
-        else:
-            outputs //= tp
+    if linear.split == "row":
+        inputs //= tp
+    elif linear.split == "column":
+        outputs //= tp
     return recipe.lora.rank * (inputs + outputs)

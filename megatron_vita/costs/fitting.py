@@ -176,8 +176,11 @@ class _Search:
         if self._fits(NO_LEVERS | vision):
             yield self.recipe.replaced(NO_LEVERS | vision)
             return
-        if self._fits(_mlp(self.recipe) | vision):
-            yield self.recipe.replaced(_mlp(self.recipe) | vision)
+        mlp = _mlp(self.recipe)
+        # megatron-core's recomputation, of the whole MLP at once, draws no masks again.
+        possible = mlp["training.mlp_chunk_tokens"] or not self.recipe.lora.dropout
+        if possible and self._fits(mlp | vision):
+            yield self.recipe.replaced(mlp | vision)
         count = _count(self.recipe)
         for offload in (False, True):
             number = self._least_recomputed(vision, offload=offload)

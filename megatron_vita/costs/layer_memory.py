@@ -9,7 +9,7 @@ of a head, b bytes of a value; sizes `hidden`, `gathered`, `query`, `keys` and `
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.config import Recipe, layer_memory
+from megatron_vita.config import Recipe, adapted_maps, layer_memory
 from megatron_vita.rounding import ceil_div
 
 Kept = Literal["everything", "all_but_mlp", "input_and_attention", "input"]
@@ -54,6 +54,10 @@ class LayerTensors:
     context: int
     # layers that are frozen keep no inputs of linear layers
     frozen: bool
+    # masks and results of adapters' dropout, of the inputs of each map of attention and of the MLP
+    dropped_qkv: int = 0
+    dropped_projection: int = 0
+    dropped_mlp: int = 0
 
     @property
     def attention_kept(self) -> int:
@@ -63,7 +67,8 @@ class LayerTensors:
         input of the MLP.
         """
         norms = 2 if self.frozen else 3
-        return norms * self.hidden + 2 * self.query + self.keys + self.log_sums
+        dropped = self.dropped_qkv + self.dropped_projection
+        return norms * self.hidden + 2 * self.query + self.keys + self.log_sums + dropped
 
     @property
     def mlp_kept(self) -> int:
@@ -74,7 +79,7 @@ class LayerTensors:
         """
         if self.frozen:
             return 2 * self.mlp
-        return self.hidden + 3 * self.mlp
+        return self.hidden + 3 * self.mlp + self.dropped_mlp
 
     def kept(self, what: Kept) -> int:
         """Return the bytes that stay until the layer's backward."""
@@ -115,7 +120,7 @@ class LayerTensors:
         before = {
             "everything": 0,
             "all_but_mlp": 0,
-            "input_and_attention": 2 * self.hidden,
+            "input_and_attention": 2 * self.hidden + self.dropped_projection,
             "input": self.attention_kept - self.hidden + self.hidden,
         }[plan.kept]
         inside = 0
@@ -141,7 +146,7 @@ class LayerTensors:
         recomputed = {
             "everything": 0,
             "all_but_mlp": 0,
-            "input_and_attention": self.hidden + self.query + self.keys,
+            "input_and_attention": self.hidden + self.query + self.keys + self.dropped_qkv,
             "input": self.attention_kept - self.hidden,
         }[what]
         # Beside the gradient of the residual stream: in attention the gradients of output, queries,
@@ -184,10 +189,12 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
     weight = 0
     if not recipe.training.freeze_language_model:
         weight = mlp * language.hidden_size * size
+    attended = tokens * query * size
+    dropped = _dropped_inputs(recipe, hidden=hidden, attended=attended, mlp=tokens * mlp * size)
     return LayerTensors(
         hidden=hidden,
         gathered=gathered,
-        query=tokens * query * size,
+        query=attended,
         keys=tokens * (keys + normed) * size,
         log_sums=tokens * heads * 4,
         mlp=tokens * mlp * size,
@@ -195,7 +202,27 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
         context=_context_buffers(recipe, keys_of_slice=tokens * keys * size),
         # Adapters read the same inputs as the maps beside them.
         frozen=recipe.is_frozen("language_model"),
+        dropped_qkv=dropped["linear_qkv"],
+        dropped_projection=dropped["linear_proj"],
+        dropped_mlp=dropped["linear_fc1"] + dropped["linear_fc2"],
     )
+
+
+def _dropped_inputs(recipe: Recipe, *, hidden: int, attended: int, mlp: int) -> dict[str, int]:
+    """Return the bytes that adapters' dropout keeps for the inputs of each map: mask and result.
+
+    Layers with different adapters are counted as if each had those of all.
+    """
+    inputs = {
+        "linear_qkv": hidden,
+        "linear_proj": attended,
+        "linear_fc1": hidden,
+        "linear_fc2": mlp,
+    }
+    kinds: set[str] = set()
+    if recipe.lora.dropout:
+        kinds = {adapted.linear.kind for adapted in adapted_maps(recipe.model, recipe.lora)}
+    return {kind: 2 * size if kind in kinds else 0 for kind, size in inputs.items()}
 
 
 def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:

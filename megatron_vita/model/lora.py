@@ -11,7 +11,7 @@ the ranks beyond what W x does.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,11 @@ from megatron_vita.parallel import groups
 
 ADAPTER = "lora"
 """Name of the adapter as a submodule of its linear map."""
-SPLITS: dict[str, Literal["column", "row"]] = {
-    "linear_qkv": "column",
-    "linear_proj": "row",
-    "linear_fc1": "column",
-    "linear_fc2": "row",
-}
-"""Splits of the language model's maps over TP; those of tower and projector are whole."""
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter or tensor of this name belongs to an adapter."""
+    return f".{ADAPTER}." in name
 
 
 class AdapterDropout:
@@ -90,7 +88,7 @@ class Adapter(nn.Module):
         self.name = adapted.linear.name
         self.rank = rank
         self.scale = scale
-        self.split = SPLITS.get(self.name.rpartition(".")[2])
+        self.split = adapted.linear.split
         self.sequence_parallel = sequence_parallel and self.split is not None
         self.group = groups.tensor_group()
         self.dropout = AdapterDropout(
@@ -278,8 +276,7 @@ def with_adapters(
     Each layer's adapters have names of their own, as layers need not have the same ones; modules
     around them would stack the layers, and take every tensor for a copy on all TP ranks.
     """
-    infix = f".{ADAPTER}."
-    kept = {name: value for name, value in state.items() if infix not in name}
+    kept = {name: value for name, value in state.items() if not is_adapter(name)}
     for prefix, adapter in adapters_of(model):
         sharded = adapter.sharded_state(metadata=metadata)
         kept |= {f"{prefix}.{name}": tensor for name, tensor in sharded.items()}

@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron_vita import platform
 from megatron_vita.config import OptimizerConfig, Recipe
 from megatron_vita.errors import PlatformError
-from megatron_vita.model.lora import ADAPTER
+from megatron_vita.model.lora import ADAPTER, is_adapter
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.training.schedule import build_schedule
@@ -180,13 +180,9 @@ def _adapter_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
         return {}
     optimizer = recipe.optimizer
     factor = (recipe.lora.lr or optimizer.lr) / optimizer.lr
-    predicate = ParamWithNamePredicate(name=ADAPTER, fn=lambda _, name: _is_adapter(name))
+    predicate = ParamWithNamePredicate(name=ADAPTER, fn=lambda _, name: is_adapter(name))
     rate = ParamGroupOverride(max_lr=factor * optimizer.lr, min_lr=factor * optimizer.min_lr)
     return {ParamKey(with_name_predicate=predicate): rate}
-
-
-def _is_adapter(name: str) -> bool:
-    return f".{ADAPTER}." in name
 
 
 def _vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
@@ -206,7 +202,7 @@ def _vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
         part = f"vision_model.layers.{depth - 1}." if depth else "vision_model.embeddings."
         # `part=part` binds the part of this turn: the function is called after the loop.
         predicate = ParamWithNamePredicate(
-            name=part, fn=lambda _, name, part=part: part in name and not _is_adapter(name)
+            name=part, fn=lambda _, name, part=part: part in name and not is_adapter(name)
         )
         rates[ParamKey(with_name_predicate=predicate)] = ParamGroupOverride(
             max_lr=factor * optimizer.lr, min_lr=factor * optimizer.min_lr

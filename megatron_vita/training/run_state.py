@@ -118,8 +118,15 @@ def _manifest(run: "Run") -> dict[str, Any]:
         "numerics": run.guard.state(),
     }
     if run.recipe.lora.rank:
-        values[base.BASE] = {"path": run.recipe.checkpoint.load, "stamp": run.base_stamp}
+        values[base.BASE] = {"path": _base_path(run.recipe), "stamp": run.base_stamp}
     return values
+
+
+def _base_path(recipe: Recipe) -> str:
+    """Return the place of the base, wherever the checkpoint is read from; empty for initial
+    weights."""
+    load = recipe.checkpoint.load
+    return str(Path(load).absolute()) if load else ""
 
 
 def finish_param_gather(run: "Run") -> None:
@@ -188,10 +195,10 @@ def _resume(run: "Run", resume: ResumePoint, checkpoint: Path) -> None:
 def _load_adapters(run: "Run", checkpoint: Path) -> None:
     logger.info("loading adapters of %s", checkpoint)
     manifest = store.read_manifest(checkpoint)
+    known = base.base_of(checkpoint, manifest)
     saved = recipe_from_dict(manifest["recipe"])
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     base.check_adapters(checkpoint, saved=saved, recipe=run.recipe)
-    known = manifest.get(base.BASE, {})
     # Adapters of other programs have none.
     if known.get("stamp"):
         base.check_base(checkpoint, known, stamp=run.base_stamp, path=run.recipe.checkpoint.load)
@@ -203,7 +210,7 @@ def _start_from(run: "Run", checkpoint: Path) -> None:
     logger.info("loading weights of %s", checkpoint)
     saved = store.recipe_of(checkpoint)
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
-    store.load_base(run.unwrapped_models, checkpoint)
+    store.load_weights(run.unwrapped_models, checkpoint, with_adapters=False)
     # Its fp32 copies were made of the initial weights.
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)

@@ -73,7 +73,7 @@ class Case:
     @torch.no_grad()
     def our_logits(self, recipe: Recipe, base: Path, adapters: Path | None = None) -> Tensor:
         model = build_model(Recipe(model=recipe.model, lora=recipe.lora, training=recipe.training))
-        store.load_base([model], base)
+        store.load_weights([model], base, with_adapters=False)
         if adapters is not None:
             store.load_adapters([model], adapters, saved=recipe)
         ids = self.inputs["ids"]

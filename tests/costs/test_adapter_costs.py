@@ -93,3 +93,29 @@ def test_one_gpu_of_80_gb_has_room_for_half_a_million_tokens(tokens: int) -> Non
     )
     room = Room(device=int(H100.memory_gib * GIB), host=125 * GIB)
     assert fit_memory(recipe, room, data_parallel=1, device=H100) is not None
+
+
+def test_dropout_keeps_a_mask_and_its_result_for_each_input() -> None:
+    tokens = 1024
+    recipe = adapted(data__seq_length=tokens)
+    dropping = recipe.replaced({"lora.dropout": 0.1})
+    plain, dropped = (layer_tensors(each) for each in (recipe, dropping))
+    inputs = 2 * 3584 + 3584 + 18944  # of qkv and fc1, of the projection, of fc2
+    assert dropped.kept("everything") - plain.kept("everything") == 2 * 2 * tokens * inputs
+    assert dropped.kept("all_but_mlp") - plain.kept("all_but_mlp") == 2 * 2 * tokens * 2 * 3584
+    assert dropped.kept("input_and_attention") == plain.kept("input_and_attention")
+    few = dropping.replaced({"lora.targets": ["q_proj", "layers.3.*.down_proj"]})
+    kept = layer_tensors(few).kept("everything") - plain.kept("everything")
+    assert kept == 2 * 2 * tokens * (3584 + 18944)
+
+
+def test_levers_are_found_for_adapters_with_dropout() -> None:
+    text = {"model.text_only": True, "training.freeze_projector": True}
+    recipe = adapted(**{"data__seq_length": 32768}).replaced(text | {"lora.dropout": 0.1})
+    for gib in (20, 40, 80, 200):
+        room = Room(device=gib * GIB, host=125 * GIB)
+        fitted = fit_memory(recipe, room, data_parallel=1, device=H100)
+        without = fit_memory(
+            recipe.replaced({"lora.dropout": 0.0}), room, data_parallel=1, device=H100
+        )
+        assert (fitted is None) == (without is None)

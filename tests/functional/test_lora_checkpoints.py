@@ -228,6 +228,28 @@ def test_a_new_run_starts_from_adapters_and_what_was_trained_beside(
     assert before["projector.fc1.weight"].requires_grad
 
 
+def test_a_whole_model_holds_no_adapters_to_start_from(trained: tuple[Path, list]) -> None:
+    folder = trained[0]
+    changes = {"lora.load": str(folder.parent / "base")}
+    recipe = recipe_in(folder.parent / "continued").replaced(changes)
+    with pytest.raises(CheckpointError, match="holds a whole model, no adapters"):
+        open_run(recipe)
+
+
+def test_the_base_is_recorded_by_a_place_that_holds_in_any_folder(
+    trained: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = trained[0].parent
+    monkeypatch.chdir(parent)
+    recipe = recipe_in(trained[0])
+    run = open_run(recipe)
+    run.recipe = recipe.replaced(
+        {"checkpoint.load": "base", "checkpoint.save": str(tmp_path / "run")}
+    )
+    saved = store.read_manifest(save_run(run))
+    assert saved[base.BASE] == {"path": str(parent / "base"), "stamp": run.base_stamp}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

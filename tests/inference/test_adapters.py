@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -174,11 +175,18 @@ def test_adapters_of_another_base_or_part_are_refused(
         open_engine({"red": folders["red"], "far": tmp_path / "b"})
 
 
-def test_the_right_base_is_accepted(engine: Engine, folders: dict[str, Path]) -> None:
+def test_the_right_base_is_accepted_and_stamped_once(
+    engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = base_of.base_state(store.model_state([engine.model]))
     recipe = tiny_recipe(folders["red"].parent).replaced(ADAPTERS["red"] | FROZEN)
     opened = AdapterCheckpoint.open(folders["red"])
-    place = folders["red"].parent / "stamped"
-    known = {"path": "", "stamp": base_of.stamp_of(state)}
-    write_adapters(place, recipe, base=known, matrices=opened.read)
-    assert open_engine({"red": folders["red"], "same": place}).adapters is not None
+    stamp = base_of.stamp_of(state)
+    stamped = {name: folders["red"].parent / name for name in ("one", "two")}
+    for place in stamped.values():
+        known = {"path": "", "stamp": stamp}
+        write_adapters(place, recipe, base=known, matrices=opened.read)
+    counted = mock.Mock(return_value=stamp)
+    monkeypatch.setattr(base_of, "stamp_of", counted)
+    assert open_engine(stamped).adapters.names == ["one", "two"]
+    assert counted.call_count == 1

@@ -27,7 +27,7 @@ from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
 from megatron_vita.inference.requests import CompletionOutput, OutputDelta, SamplingParams
-from megatron_vita.inference.runner.adapters import ServedAdapters, load_adapters
+from megatron_vita.inference.runner.adapters import load_adapters
 from megatron_vita.inference.runner.cache_size import build_cache
 from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.inference.vision import decode_pool
@@ -223,17 +223,12 @@ class Engine:
             prepared=prepared,
             sampling=sampling,
             keys=keys,
-            adapter=self._adapter_number(prepared.adapter),
+            adapter=self.adapters.number_of(prepared.adapter),
         )
         self._outputs.open(request)
         self._requests[request.number] = request
         self._scheduler.add(request)
         return request.number
-
-    def _adapter_number(self, name: str) -> int:
-        if self.adapters is None:
-            return ServedAdapters([]).number_of(name)
-        return self.adapters.number_of(name)
 
     def cancel(self, number: int) -> None:
         """End a request's answers; their last deltas come with the next step."""

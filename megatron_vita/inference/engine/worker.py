@@ -69,8 +69,8 @@ class Worker:
         encoder: SampleEncoder,
         readers: DecodePool,
         max_blocks: int,
+        adapters: ServedAdapters,
         graphs: bool = True,
-        adapters: ServedAdapters | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -179,8 +179,7 @@ class Worker:
                 hidden, places=places, slots=slots, adapters=self._adapter_rows(pack)
             )
         else:
-            if self.adapters is not None:
-                self.adapters.rows = self._adapter_rows(pack).to(platform.device())
+            self.adapters.rows = self._adapter_rows(pack).to(platform.device())
             hidden = model.run_layers(hidden, attention=self._attention(pack))
         for piece in pieces:
             if piece.ends_prompt:

@@ -5,6 +5,7 @@ adapter, and each row of the batch keeps those of its own. So a batch may mix ad
 CUDA graphs need know nothing of which row has which.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,10 +78,8 @@ class StackedAdapter(nn.Module):
         return updated.view(*output.shape)
 
 
-def load_adapters(
-    model: VitaModel, recipe: Recipe, folders: Mapping[str, Path]
-) -> ServedAdapters | None:
-    """Load adapters beside a model's weights; None if there are none. Collective.
+def load_adapters(model: VitaModel, recipe: Recipe, folders: Mapping[str, Path]) -> ServedAdapters:
+    """Load adapters beside a model's weights. Collective.
 
     Args:
         model: the base, with its weights.
@@ -91,12 +90,11 @@ def load_adapters(
         CheckpointError: adapters are missing, of another base, or of other parts than the language
             model.
     """
-    if not folders:
-        return None
     served = ServedAdapters(list(folders))
+    model_base = _Base(model, recipe)
     by_map: dict[str, dict[int, Adapter]] = {}
     for number, (name, folder) in enumerate(folders.items(), start=1):
-        for adapter in _load(model, recipe, store.find_checkpoint(folder)):
+        for adapter in _load(model_base, store.find_checkpoint(folder)):
             by_map.setdefault(adapter.name, {})[number] = adapter
         logger.info("adapter %s from %s", name, folder)
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
@@ -109,14 +107,48 @@ def load_adapters(
     return served
 
 
-def _load(model: VitaModel, recipe: Recipe, checkpoint: Path) -> list[Adapter]:
+class _Base:
+    """The served model, which adapters are checked against."""
+
+    def __init__(self, model: VitaModel, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+
+    @functools.cached_property
+    def stamp(self) -> str:
+        """Stamp of its weights, computed once for all adapters. Collective."""
+        return base.stamp_of(base.base_state(store.model_state([self.model])))
+
+    def check(self, checkpoint: Path, known: Mapping[str, str], *, saved: Recipe) -> None:
+        """Check the stamp of the base of adapters, where it can be compared. Collective.
+
+        Args:
+            checkpoint: holds the adapters.
+            known: the field `base` of its manifest.
+            saved: recipe of the run that trained them.
+
+        Raises:
+            CheckpointError: another base.
+        """
+        same_weights = (
+            saved.model.text_only == self.recipe.model.text_only
+            and saved.training.bf16 == self.recipe.training.bf16
+        )
+        if not known.get("stamp") or not same_weights:
+            logger.warning(
+                "%s: it cannot be checked that its adapters are of this base", checkpoint
+            )
+            return
+        base.check_base(checkpoint, known, stamp=self.stamp, path="the checkpoint that is served")
+
+
+def _load(model_base: _Base, checkpoint: Path) -> list[Adapter]:
     """Load the adapters of one checkpoint, in fp32 on the host."""
     manifest = store.read_manifest(checkpoint)
-    if base.BASE not in manifest:
-        raise CheckpointError(f"{checkpoint}: holds a whole model, no adapters")
+    known = base.base_of(checkpoint, manifest)
     saved = recipe_from_dict(manifest["recipe"])
-    _check(checkpoint, saved, recipe)
-    _check_base(checkpoint, manifest[base.BASE], model=model, saved=saved, recipe=recipe)
+    _check(checkpoint, saved, model_base.recipe)
+    model_base.check(checkpoint, known, saved=saved)
     adapters = [
         Adapter(adapted, rank=saved.lora.rank, scale=saved.lora.scale, sequence_parallel=False)
         for adapted in adapted_maps(saved.model, saved.lora)
@@ -154,18 +186,3 @@ def _check(checkpoint: Path, saved: Recipe, recipe: Recipe) -> None:
             checkpoint,
             " and ".join(differing),
         )
-
-
-def _check_base(
-    checkpoint: Path, known: Mapping[str, str], *, model: VitaModel, saved: Recipe, recipe: Recipe
-) -> None:
-    """Check the stamp of the base, where it can be compared. Collective."""
-    same_weights = (
-        saved.model.text_only == recipe.model.text_only
-        and saved.training.bf16 == recipe.training.bf16
-    )
-    if not known.get("stamp") or not same_weights:
-        logger.warning("%s: it cannot be checked that its adapters are of this base", checkpoint)
-        return
-    stamp = base.stamp_of(base.base_state(store.model_state([model])))
-    base.check_base(checkpoint, known, stamp=stamp, path="the checkpoint that is served")

@@ -52,7 +52,7 @@ class DecodeRunner:
         *,
         max_blocks: int,
         graphs: GraphPool | None,
-        adapters: ServedAdapters | None = None,
+        adapters: ServedAdapters,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -113,8 +113,7 @@ class DecodeRunner:
 
     def _forward(self, batch: DecodeBuffers) -> Tensor:
         ids, positions, slots, lengths, adapters = batch.device
-        if self.adapters is not None:
-            self.adapters.rows = adapters
+        self.adapters.rows = adapters
         attention = DecodeAttention(
             cache=self.cache,
             rotation=Rotation.at(

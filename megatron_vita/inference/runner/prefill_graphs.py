@@ -31,7 +31,7 @@ class PrefillGraphs:
         cache: KeyValueCache,
         *,
         graphs: GraphPool,
-        adapters: ServedAdapters | None = None,
+        adapters: ServedAdapters,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -91,8 +91,7 @@ class PrefillGraphs:
         numbers = torch.zeros(length // ranks, dtype=torch.int64, device=device)
 
         def run_layers() -> Tensor:
-            if self.adapters is not None:
-                self.adapters.rows = numbers
+            self.adapters.rows = numbers
             return self.model.run_layers(embeddings, attention=attention)
 
         self._graphs[length] = (embeddings, slots, numbers, self.graphs.record(run_layers))
