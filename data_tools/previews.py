@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.statistics import DatasetStatistics
-from megatron_vita.data.samples.records import is_raw_text, parse_record
+from megatron_vita.data.samples.records import REJECTED, is_pair, is_raw_text, parse_record
 from megatron_vita.data.samples.rows import SampleRow
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.reader import ShardReader
@@ -61,7 +61,8 @@ def _card(
     shown = pictures[:MOST_IMAGES]
     if len(pictures) > MOST_IMAGES:
         shown.append(f'<p class="none">and {len(pictures) - MOST_IMAGES} more</p>')
-    for name, info in zip(record["videos"], row.videos, strict=True):
+    # A pair's videos are listed twice.
+    for name, info in zip(record["videos"], row.videos, strict=not row.is_pair):
         # Without a limit of the rate, so that a short clip shows several frames, too.
         times = frame_times(info, max_fps=1e9, max_frames=FRAMES)
         tiles = decode_frames(read(name), name, times=times, tile_size=SIDE)
@@ -96,6 +97,8 @@ def _turns(record: dict[str, Any]) -> Iterator[str]:
         yield f'<p class="{turn.role}"><b>{turn.role}</b> {_cut(text)}</p>'
     if len(turns) > MOST_TURNS:
         yield f'<p class="none">and {len(turns) - MOST_TURNS} more turns</p>'
+    if is_pair(record):
+        yield f'<p class="assistant"><b>rejected</b> {_cut(record[REJECTED])}</p>'
 
 
 def _cut(text: str) -> str:

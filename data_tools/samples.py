@@ -13,7 +13,7 @@ from data_tools.frames import read_frames
 from data_tools.lines import Line
 from megatron_vita.data.samples.foreign import sample_of
 from megatron_vita.data.samples.json_text import parse_json
-from megatron_vita.data.samples.records import check_record, is_raw_text
+from megatron_vita.data.samples.records import REJECTED, check_record, is_raw_text
 from megatron_vita.data.shards.tar import MEDIA_KINDS, ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.media.data_urls import inline_content, is_inline
@@ -51,7 +51,8 @@ def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
     body = "messages"
     if is_raw_text(sample):
         body = "text"
-    record = {name: sample[name] for name in (body, "id", "weight") if name in sample}
+    names = (body, REJECTED, "id", "weight")
+    record = {name: sample[name] for name in names if name in sample}
     return Sample(key=sample_key(line), record=record, media=media)
 
 

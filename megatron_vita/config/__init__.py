@@ -5,6 +5,7 @@ from megatron_vita.config.build import replaced
 from megatron_vita.config.callback import CallbackConfig
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig, DatasetConfig
+from megatron_vita.config.dpo import DpoConfig
 from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.help import describe_fields
 from megatron_vita.config.load import load_recipe, recipe_from_dict
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DatasetConfig",
+    "DpoConfig",
     "GenerationConfig",
     "LanguageConfig",
     "LayerMemory",

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_vita.config.build import replaced
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig
+from megatron_vita.config.dpo import DpoConfig
 from megatron_vita.config.fields import described, require
 from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.lora import LoraConfig, Part, adapted_maps
@@ -49,6 +50,7 @@ class Recipe:
         NumericsConfig, "Rules for NaN, infinities and spikes of loss and gradient norm."
     )
     lora: LoraConfig = described(LoraConfig, "Low-rank adapters (LoRA) beside frozen parts.")
+    dpo: DpoConfig = described(DpoConfig, "Preference loss (DPO) on pairs of answers.")
     checkpoint: CheckpointConfig = described(CheckpointConfig, "Saving and loading of checkpoints.")
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
 """Rules about fields of several groups of a recipe."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from megatron_vita.config.fields import require
-from megatron_vita.config.lora import adapted_maps
+from megatron_vita.config.lora import Part, adapted_maps
 
 if TYPE_CHECKING:
     from megatron_vita.config.recipe import Recipe
@@ -28,6 +28,7 @@ def check_recipe(recipe: "Recipe") -> None:
     _check_parts(recipe)
     _check_adapters(recipe)
     _check_adapter_dropout(recipe)
+    _check_preferences(recipe)
     _check_checkpoints(recipe)
     _check_schedule(recipe)
     _check_optimizer(recipe)
@@ -239,6 +240,35 @@ def _check_adapter_dropout(recipe: "Recipe") -> None:
     ):
         reason = "training.recompute_modules has mlp without training.mlp_chunk_tokens"
     require(not reason, f"lora.dropout is {recipe.lora.dropout}, but must be 0: {reason}")
+
+
+def _check_preferences(recipe: "Recipe") -> None:
+    """Check that the reference stays what it was, and that losses are log-probabilities."""
+    if not recipe.dpo.beta:
+        return
+    beta = f"dpo.beta is {recipe.dpo.beta:g}"
+    require(
+        recipe.lora.rank > 0,
+        f"{beta}, which needs adapters, without which the model is the reference: set lora.rank",
+    )
+    for part in get_args(Part):
+        absent = recipe.model.text_only and part != "language_model"
+        require(
+            absent or getattr(recipe.training, f"freeze_{part}"),
+            f"{beta}, but the {part} is trained fully, and would change the reference with it: set "
+            f"training.freeze_{part} to true",
+        )
+    require(
+        recipe.data.isolate_documents,
+        f"{beta}, but data.isolate_documents is false: answers of a pair must not see each other",
+    )
+    for name in ("label_smoothing", "z_loss"):
+        value = getattr(recipe.model.output, name)
+        require(
+            not value,
+            f"{beta}, but model.output.{name} is {value:g}: losses of its tokens must be their "
+            "log-probabilities; set it to 0",
+        )
 
 
 def _check_checkpoints(recipe: "Recipe") -> None:

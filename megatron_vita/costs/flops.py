@@ -140,7 +140,7 @@ def training_flops(
     """Count the model FLOPs of training on a pack: three times the forward for trained weights.
 
     Frozen weights need no gradients of their own (twice the forward), and a frozen tower has no
-    backward.
+    backward. Pairs of answers (`dpo.beta`) also go forward through the reference.
     """
     language = recipe.model.language
     training = recipe.training
@@ -148,6 +148,9 @@ def training_flops(
     passes = 3
     if training.freeze_language_model:
         passes = 2
+    reference = 0
+    if recipe.dpo.beta:
+        reference = 1
     vision = 0
     if not recipe.model.text_only:
         tower = _tower_passes(recipe)
@@ -156,9 +159,10 @@ def training_flops(
             before = recipe.is_frozen("vision_model") and recipe.is_frozen("projector")
             joint = 1 if before else 2
         vision = tower * tower_flops(recipe.model.vision) + joint * projector_flops(recipe.model)
+        vision += reference * tile_flops(recipe.model)
     return TrainingFlops(
-        linear=passes * linear_flops(language, sum(lengths)),
-        attention=3 * attention_flops(language, _segments(recipe, lengths)),
-        output=passes * output_flops(language, loss_tokens),
+        linear=(passes + reference) * linear_flops(language, sum(lengths)),
+        attention=(3 + reference) * attention_flops(language, _segments(recipe, lengths)),
+        output=(passes + reference) * output_flops(language, loss_tokens),
         vision=tiles * vision,
     )

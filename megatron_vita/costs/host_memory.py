@@ -52,7 +52,7 @@ def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
     shards = optimizer_shards(recipe, data_parallel)
     return HostMemory(
         process=TRAINER,
-        loader=_loader(recipe, stage, load.tiles),
+        loader=_loader(recipe, stage, load.tiles, data_parallel=data_parallel),
         activations=sum(size * count for size, count in buffers.items()),
         optimizer=int(trained * optimizer_bytes(recipe).host) // shards,
         saving=saving,
@@ -72,10 +72,11 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     return (state + parameters.total * value_bytes(recipe)) // ranks
 
 
-def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
+def _loader(recipe: Recipe, stage: int, tiles: int, *, data_parallel: int) -> int:
     """Estimate loader processes and the uint8 tiles that they read ahead.
 
-    The first stage's ranks decode tiles: (prefetch + 2) x tiles of the rank x 3 S^2.
+    The first stage's ranks decode tiles: (prefetch + 2) x tiles of the rank x 3 S^2. Packs of pairs
+    (`dpo.beta`) all wait for the reference.
     """
     data = recipe.data
     vision = recipe.model.vision
@@ -85,4 +86,6 @@ def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
     packs = PACKS_FINISHED
     if data.num_workers:
         packs += data.prefetch
+    if recipe.dpo.beta:
+        packs += max(recipe.training.global_batch_size // data_parallel, 1) - 1
     return processes + packs * tiles_of_rank(recipe, tiles) * 3 * vision.image_size**2

@@ -35,11 +35,28 @@ class Batch:
     # [N] int64: position of the first placeholder of each tile of the pack
     placements: torch.Tensor
     frames: torch.Tensor  # [N] bool: true for frames of videos
+    # [documents without the tail] int64: position of the rejected conversation of a pair, -1 for
+    # other documents; None where there is no pair
+    rejected_starts: torch.Tensor | None = None
     num_tokens: int  # without padding
     sample_keys: list[str]
     masked: list[int] = field(default_factory=list)  # documents that could not be read
     # number of frames that replace damaged ones, by document
     stand_ins: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def conversation_lengths(self) -> list[int]:
+        """Padded lengths of documents, and of both conversations of pairs; without the tail."""
+        bounds = self.document_starts[: int((self.document_sources != TAIL_SOURCE).sum()) + 1]
+        if self.rejected_starts is not None:
+            bounds = _with_rejected(bounds, self.rejected_starts)
+        return bounds.diff().tolist()
+
+
+def _with_rejected(bounds: torch.Tensor, rejected_starts: torch.Tensor) -> torch.Tensor:
+    """Add the beginnings of rejected conversations to bounds of documents."""
+    inside = rejected_starts[rejected_starts >= 0]
+    return torch.cat([bounds, inside.to(bounds.dtype)]).sort().values
 
 
 def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
@@ -96,6 +113,18 @@ def _loss_weights(
     return torch.from_numpy(weights)
 
 
+def _rejected_starts(documents: Sequence[Document], *, starts: np.ndarray) -> torch.Tensor | None:
+    """Positions of the rejected conversations of pairs, -1 for other documents; None without a
+    pair."""
+    if not any(document.rejected_start for document in documents):
+        return None
+    found = [
+        int(start) + document.rejected_start if document.rejected_start else -1
+        for start, document in zip(starts, documents, strict=False)
+    ]
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def collate(
     documents: Sequence[Document],
     *,
@@ -137,7 +166,10 @@ def collate(
         starts = np.append(starts, seq_length)
         all_sources.append(TAIL_SOURCE)
     bounds = torch.tensor(starts, dtype=torch.int32)
+    rejected_starts = _rejected_starts(documents, starts=starts)
     cu_seqlens = bounds
+    if rejected_starts is not None:
+        cu_seqlens = _with_rejected(bounds, rejected_starts)
     if not data.isolate_documents:
         cu_seqlens = torch.tensor([0, seq_length], dtype=torch.int32)
     return Batch(
@@ -152,6 +184,7 @@ def collate(
         tile_ids=tile_ids,
         placements=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *placements])),
         frames=mark_frames(documents),
+        rejected_starts=rejected_starts,
         num_tokens=sum(map(len, documents)),
         sample_keys=[document.key for document in documents],
     )

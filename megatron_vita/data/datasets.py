@@ -69,6 +69,7 @@ def sample_encoder(
         text_only=recipe.model.text_only,
         limit=limit,
         overlong=recipe.data.overlong,
+        alignment=recipe.data.padding_multiple,
     )
 
 

@@ -10,7 +10,8 @@ row-parallel one `a` split as W's columns and `b` whole. Only A x, of r columns 
 the ranks beyond what W x does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.zeros(*choice.shape[:2], rank))
         # Follows from the recipe: no part of a checkpoint.
         self.register_buffer("choice", choice, persistent=False)
+        self.enabled = True
         self._mark_parameters()
 
     @property
@@ -144,6 +146,8 @@ class Adapter(nn.Module):
             x: input of the map on this rank [..., in].
             output: the map's output [..., out] on this rank; it is not changed.
         """
+        if not self.enabled:
+            return output
         if self.training:
             x = self.dropout(x)
         hidden = self.reduce(F.linear(x, self.a))
@@ -266,6 +270,19 @@ def adapters_of(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             yield name, module
+
+
+@contextmanager
+def adapters_off(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Compute with the base alone meanwhile."""
+    adapters = [adapter for model in models for _, adapter in adapters_of(model)]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True
 
 
 def with_adapters(

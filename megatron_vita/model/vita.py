@@ -1,5 +1,6 @@
 """VitaModel: from tiles and tokens to the losses of the scored rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ class VitaModel(MegatronModule):
         *,
         features: Tensor | None = None,
         wanted_rows: Tensor | None = None,
-        row_scale: float | Tensor = 1.0,
+        row_scale: float | Tensor | Callable[[Tensor], Tensor] = 1.0,
     ) -> Tensor:
         """Run one pack through this stage.
 
@@ -148,7 +149,8 @@ class VitaModel(MegatronModule):
             features: feature rows of those tiles [n, rows per tile, H], where already encoded.
             wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
             row_scale: the gradient that backward will bring to each loss (a loss scale, or weights
-                [L]).
+                [L]), or a function that computes it from the losses [L]: the output layer then
+                runs twice.
 
         Returns:
             The hidden state [t / TP or t, 1, H] before the last stage; on it the losses [L] of
@@ -163,9 +165,14 @@ class VitaModel(MegatronModule):
         if wanted_rows is not None:
             return self.language_model.output(hidden, rows=wanted_rows)
         scored = pack.loss_rows
-        return self.language_model.output(
-            hidden, rows=scored, labels=pack.labels[scored], row_scale=row_scale
-        )
+        labels = pack.labels[scored]
+        if callable(row_scale):
+            with torch.no_grad():
+                losses = self.language_model.output(hidden, rows=scored, labels=labels)
+            row_scale = row_scale(losses)
+            if not torch.is_grad_enabled():
+                return losses
+        return self.language_model.output(hidden, rows=scored, labels=labels, row_scale=row_scale)
 
     def _embed(self, tiles: Tensor, pack: PackSlice, features: Tensor | None) -> Tensor:
         """Return this rank's part of the sequence [t / TP, H]: word embeddings and feature rows."""

@@ -14,7 +14,7 @@ from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import training_flops
 from megatron_vita.costs.memory import GIB
-from megatron_vita.data.batch import TAIL_SOURCE, Batch
+from megatron_vita.data.batch import Batch
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout.slicing import IGNORED_LABEL, PackSlice
 from megatron_vita.parallel import groups
@@ -27,12 +27,22 @@ SUMS = (
     "tokens",
     "positions",
     "tiles",
+    "loss_tokens",
     "documents",
     "damaged",
     "stand_ins",
     "flops",
     "vision_flops",
 )
+PREFERENCES = (
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""Means over the pairs of a step, by the names that TRL gives them."""
 OWN_PARTS = ("train", "validation", "speed", "data", "memory", "callbacks")
 OWN_NAMES = ("event", "step", "time")
 _NAME = re.compile(r"[A-Za-z0-9_.: -]+(/[A-Za-z0-9_.: -]+)*")
@@ -43,9 +53,9 @@ class StepMetrics:
     """Sums of one step over all replicas and derived values; the same on every rank."""
 
     step: int
-    loss: float  # per loss token
+    loss: float  # per loss token, or per pair of answers
     loss_tokens: int
-    # per dataset, per loss token; datasets without any are left out
+    # per dataset, as `loss`; datasets without any are left out
     source_losses: dict[str, float]
     tokens: int  # without padding
     tiles: int
@@ -66,6 +76,7 @@ class StepMetrics:
     skipped: bool = False  # a rule of `numerics` has skipped the step: no weight was updated
     lr: float = 0.0
     rolls_back: bool = False  # a rule takes the step back, and others before it
+    preferences: dict[str, float] = field(default_factory=dict)  # of pairs, see PREFERENCES
     # everything else that was added to the meter, by name
     values: dict[str, float] = field(default_factory=dict)
     # metrics of `Run.record` since the last step that was logged, by name
@@ -92,6 +103,7 @@ class StepMetrics:
         part = "validation" if self.held_out else "train"
         losses = {f"{part}/loss": self.loss}
         losses |= {f"{part}/loss/{source}": loss for source, loss in self.source_losses.items()}
+        losses |= {f"{part}/{name}": value for name, value in self.preferences.items()}
         if self.held_out:
             return losses
         scalars = {
@@ -157,7 +169,8 @@ def check_record(meter: Meter, name: str, value: Any, *, reduce: Reduce) -> None
 
 
 class LossSums:
-    """Sums of losses and loss tokens by source in one step, of this rank's slices."""
+    """Sums of losses by source in one step and what they are summed over: loss tokens of this
+    rank's slices, or pairs of answers."""
 
     def __init__(self, sources: list[str]) -> None:
         self.sources = sources
@@ -175,9 +188,12 @@ class LossSums:
         positions = pack.positions[pack.loss_rows]
         document = torch.searchsorted(batch.document_starts, positions, right=True) - 1
         # Never the tail's, which has no loss tokens.
-        source = batch.document_sources[document]
-        self._rows += torch.bincount(source, minlength=len(self._rows))
-        there = to_device(source, losses.device)
+        self.add_items(losses, sources=batch.document_sources[document])
+
+    def add_items(self, losses: Tensor, *, sources: Tensor) -> None:
+        """Add losses [n], with their datasets [n] on the host, without waiting for the device."""
+        self._rows += torch.bincount(sources, minlength=len(self._rows))
+        there = to_device(sources, losses.device)
         self._losses.index_add_(0, there, losses.detach().double())
 
     def totals(self) -> tuple[Tensor, float]:
@@ -204,9 +220,10 @@ def count_batch(meter: Meter, batch: Batch, recipe: Recipe) -> None:
         ("stand_ins", sum(batch.stand_ins.values())),
     ):
         meter.add(name, count)
-    lengths = batch.document_starts.diff()[batch.document_sources != TAIL_SOURCE].tolist()
     rows = int((batch.labels != IGNORED_LABEL).sum())
-    flops = training_flops(recipe, lengths, tiles=len(batch.placements), loss_tokens=rows)
+    meter.add("loss_tokens", rows)
+    tiles = len(batch.placements)
+    flops = training_flops(recipe, batch.conversation_lengths, tiles=tiles, loss_tokens=rows)
     meter.add("flops", flops.total)
     meter.add("vision_flops", flops.vision)
 
@@ -242,6 +259,7 @@ def collect(
     meter.add("seconds", time.perf_counter() - started, reduce="max")
     values = meter.reduce()
     sums = {name: values.pop(name, 0.0) for name in SUMS}
+    preferences = {name: values.pop(name) for name in PREFERENCES if name in values}
     of_sources = {
         source: (values.pop(f"loss/{source}", 0.0), values.pop(f"rows/{source}", 0.0))
         for source in losses.sources
@@ -251,7 +269,7 @@ def collect(
     return StepMetrics(
         step=step,
         loss=total / max(rows, 1),
-        loss_tokens=int(rows),
+        loss_tokens=int(sums["loss_tokens"]),
         source_losses={
             source: loss / count for source, (loss, count) in of_sources.items() if count
         },
@@ -270,6 +288,7 @@ def collect(
         saving=values.pop(SAVING, 0.0) > 0,
         held_out=held_out,
         grad_norm=values.pop("grad_norm", 0.0),
+        preferences=preferences,
         values=values,
     )
 

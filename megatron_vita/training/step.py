@@ -19,6 +19,7 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.errors import VitaError
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.media.normalize import normalize
+from megatron_vita.model.lora import adapters_off
 from megatron_vita.parallel import groups
 from megatron_vita.platform.pinned import to_device
 from megatron_vita.training.callbacks.hooks import Hooks
@@ -34,6 +35,8 @@ from megatron_vita.training.metrics import (
     measure_memory,
     reduce_numbers,
 )
+from megatron_vita.training.objective import Objective, TokenObjective
+from megatron_vita.training.preference import PreferenceObjective, ReferenceObjective
 from megatron_vita.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     run.optimizer.zero_grad()
     losses = LossSums(run.train_sources)
     context = StepContext(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
-    _run_schedule(context, batches, num_microbatches=run.microbatches, forward_only=False)
+    _run_packs(context, batches, num_microbatches=run.microbatches, forward_only=False)
     run.enter("optimizer")
     fault = _update(run, losses)
     run.enter("metrics")
@@ -132,7 +135,7 @@ def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> St
     context = StepContext(run=run, meter=Meter(), losses=losses)
     for chunk in run.chunks:
         chunk.eval()
-    _run_schedule(context, batches, num_microbatches=num_microbatches, forward_only=True)
+    _run_packs(context, batches, num_microbatches=num_microbatches, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
     return collect(context.meter, losses, step=run.step, started=started, held_out=True)
@@ -148,6 +151,9 @@ class StepContext:
     hooks: Hooks | None = None  # called with the losses of each pack
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the packs
     pack_losses: list[PackLoss] = field(default_factory=list)  # of a training step
+    # Log-probabilities [D, 2] of a pack's pairs by the reference, by the pack's number.
+    references: dict[int, Tensor] = field(default_factory=dict)
+    is_reference: bool = False  # the pass that finds them
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next pack, and measure the time waited for it."""
@@ -158,6 +164,39 @@ class StepContext:
         self.run.data_seconds += wait.seconds
         self.run.enter("forward", micro_batch=number, keys=batch.sample_keys)
         return batch
+
+
+def _run_packs(
+    context: StepContext, batches: Iterator[Batch], *, num_microbatches: int, forward_only: bool
+) -> None:
+    """Run the packs of a step or validation through the model; for pairs also through the
+    reference, before."""
+    if context.run.recipe.dpo.beta:
+        taken = [context.next_batch(batches) for _ in range(num_microbatches)]
+        _run_reference(context, taken)
+        batches = iter(taken)
+        context = replace(context, numbers=itertools.count(1))
+    _run_schedule(context, batches, num_microbatches=num_microbatches, forward_only=forward_only)
+
+
+@torch.no_grad()
+def _run_reference(context: StepContext, taken: list[Batch]) -> None:
+    """Find the reference's log-probabilities of all pairs of some packs.
+
+    All packs at once, so that a pipeline is filled once; they wait on the host meanwhile.
+    """
+    run = context.run
+    # Of its own: the packs are measured in the pass that trains.
+    reference = replace(
+        context, meter=Meter(), hooks=None, numbers=itertools.count(1), is_reference=True
+    )
+    was_training = [chunk.training for chunk in run.chunks]
+    for chunk in run.chunks:
+        chunk.eval()
+    with adapters_off(run.unwrapped_models):
+        _run_schedule(reference, iter(taken), num_microbatches=len(taken), forward_only=True)
+    for chunk, training in zip(run.chunks, was_training, strict=True):
+        chunk.train(training)
 
 
 def _run_schedule(
@@ -196,18 +235,16 @@ def forward_step(
         rows_per_tile=context.run.rows_per_tile,
         layout=groups.rank_layout(),
     )
-    scale: float | Tensor = 1.0
-    if batch.loss_weights is not None:
-        scale = batch.loss_weights[pack.positions[pack.loss_rows]]
+    objective = _objective_of(context, batch, pack)
     # Of interleaved chunks only the first encodes: the others need no copy of the tiles.
     tiles = batch.tiles
     if not model.module.encodes:
         tiles = tiles[:0]
     on_device = replace(pack, input_ids=to_device(pack.input_ids, platform.device()))
-    output = model(prepare_tiles(tiles, context.run), on_device, row_scale=scale)
+    output = model(prepare_tiles(tiles, context.run), on_device, row_scale=objective.row_scale)
     # Until the next pack is asked for; the schedule has no hook between the two.
     context.run.enter("backward")
-    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, context=context)
+    return output, objective.finish
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
@@ -217,21 +254,30 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
     return normalize(pixels, run.recipe.media.normalization, dtype=dtype)
 
 
-def sum_losses(
-    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, context: StepContext
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return the weighted sum of the losses [L], and their number.
+def _objective_of(context: StepContext, batch: Batch, pack: PackSlice) -> Objective:
+    """Return the loss of a pack.
 
-    megatron-core divides the sum over the global batch by the number over it.
+    Raises:
+        DataError: pairs are trained, and a document of the pack is none.
     """
-    if isinstance(scale, Tensor):
-        scale = to_device(scale, losses.device)
-    losses = losses * scale
-    context.losses.add(losses, batch=batch, pack=pack)
-    total = losses.sum()
-    if groups.tensor_group().rank() == 0:
-        context.pack_losses.append(PackLoss(batch.pack_id, total.detach(), len(losses)))
-        if context.hooks is not None:
-            context.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)
-    rows = torch.full((), len(losses), dtype=torch.int, device=losses.device)
-    return total, rows, {}
+    config = context.run.recipe.dpo
+    if not config.beta:
+        return TokenObjective(
+            batch,
+            pack,
+            losses=context.losses,
+            packs=context.pack_losses,
+            hooks=context.hooks,
+        )
+    if context.is_reference:
+        return ReferenceObjective(batch, pack, found=context.references)
+    return PreferenceObjective(
+        batch,
+        pack,
+        config=config,
+        reference=context.references.get(batch.pack_id),
+        meter=context.meter,
+        losses=context.losses,
+        packs=context.pack_losses,
+        hooks=context.hooks,
+    )

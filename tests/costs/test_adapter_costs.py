@@ -1,5 +1,6 @@
 """Costs of adapters: parameters, memory, FLOPs and checkpoints, from a recipe alone."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from megatron_vita.costs.adapters import part_adapters, stage_adapters, whole_ad
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.devices import H100
 from megatron_vita.costs.fitting import GIB, Room, fit_memory
-from megatron_vita.costs.flops import training_flops
+from megatron_vita.costs.flops import pack_flops, training_flops
+from megatron_vita.costs.host_memory import host_memory
 from megatron_vita.costs.layer_memory import layer_tensors
 from megatron_vita.costs.memory import full_pack, rank_memory
 from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
@@ -119,3 +121,31 @@ def test_levers_are_found_for_adapters_with_dropout() -> None:
             recipe.replaced({"lora.dropout": 0.0}), room, data_parallel=1, device=H100
         )
         assert (fitted is None) == (without is None)
+
+
+def test_the_reference_of_preferences_adds_a_forward_pass_and_the_waiting_packs() -> None:
+    lora = adapted(training__freeze_projector=True, training__global_batch_size=6)
+    recipe = lora.replaced({"dpo.beta": 0.1})
+    lengths, load = [1024, 512], {"tiles": 3, "loss_tokens": 100}
+    added = (
+        training_flops(recipe, lengths, **load).total - training_flops(lora, lengths, **load).total
+    )
+    assert added == pack_flops(lora, lengths, **load)
+    of_pack = full_pack(recipe).tiles * 3 * 448**2
+    hosts = [
+        host_memory(each, 0, data_parallel=2, load=full_pack(recipe)).total
+        for each in (recipe, lora)
+    ]
+    assert hosts[0] - hosts[1] == 2 * of_pack
+    devices = [
+        rank_memory(each, 0, data_parallel=2, load=full_pack(recipe)) for each in (recipe, lora)
+    ]
+    assert devices[0] == devices[1]
+
+
+def test_the_fragment_for_preferences_freezes_the_reference(tmp_path: Path) -> None:
+    names = [str(EXAMPLES / name) for name in ("stages/stage3.yaml", "models/7b.yaml", "dpo.yaml")]
+    (tmp_path / "own.yaml").write_text(f"base: {json.dumps(names)}\n")
+    recipe = load_recipe(tmp_path / "own.yaml", ["parallel.sequence_parallel=false"])
+    assert (recipe.dpo.beta, recipe.lora.rank) == (0.1, 16)
+    assert trained_parameters(recipe) == whole_adapters(recipe)

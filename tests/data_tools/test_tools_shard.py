@@ -60,8 +60,8 @@ BAD = {
         "tool_calls is [1]: tool calls are not trained",
     ),
     "preference": (
-        json.dumps(sample(0) | {"rejected_response": "No."}),
-        "rejected_response is 'No.'",
+        json.dumps(sample(0) | {"rejected_response": ["No."]}),
+        "rejected_response is ['No.']",
     ),
     "path is no text": (json.dumps(sample(0) | {"images": [7]}), "images[0] is 7"),
     "broken video": (

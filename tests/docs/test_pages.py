@@ -16,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchma
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
 GROUPS = (
     r"model\.(?:vision|projector|language)|parallel|data|media|text|optimizer|training|checkpoint"
-    r"|generation|lora|numerics"
+    r"|generation|lora|dpo|numerics"
 )
 FIELD = re.compile(rf"`(({GROUPS})\.[a-z][\w.]*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]+")

@@ -128,6 +128,7 @@ def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
             "rows": m.loss_tokens,
             "tiles": m.tiles,
             "flops": m.flops,
+            "preferences": m.preferences,
         }
         for m in metrics
     ]

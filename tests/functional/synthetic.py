@@ -17,7 +17,7 @@ from megatron_vita.config import (
     TrainingConfig,
 )
 from megatron_vita.config import VisionConfig as Vision
-from megatron_vita.data.batch import Batch
+from megatron_vita.data.batch import Batch, mask_documents
 from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import RankLayout
 
@@ -58,6 +58,7 @@ def tiny_recipe(**layout: Any) -> Recipe:
         "optimizer": recipe.optimizer,
         "lora": recipe.lora,
         "numerics": recipe.numerics,
+        "dpo": recipe.dpo,
     }
     for name, value in layout.items():
         owner = next(path for path, group in groups.items() if hasattr(group, name))
@@ -141,6 +142,8 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
     or none.
     """
     seed = 10 * step
+    if recipe.dpo.beta:
+        return make_pairs(step)
     joined = not recipe.data.isolate_documents
     shapes = [
         [(31, 2), (1, 0), (45, 5 - step), (16, 0)],
@@ -155,6 +158,39 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
     if step == 0:
         packs[3].labels[70] = 5  # a single row on a single rank
     return packs
+
+
+def make_pairs(step: int) -> list[Batch]:
+    """Four packs of pairs, some with media, one with a tail and one with a pair that is masked."""
+    shapes = [
+        [(31, 2), (20, 2), (45, 0), (1, 0)],
+        [(60, 0), (61, 0)],
+        [(30, 3 + step), (48, 3 + step)],
+        [(32, 1), (16, 1), (40, 0), (30, 0)],
+    ]
+    packs = [
+        pair_up(make_pack(shape, seed=10 * step + i + 1, length=LENGTH))
+        for i, shape in enumerate(shapes)
+    ]
+    return [*packs[:3], mask_documents(packs[3], [1], pad_id=0, rows_per_tile=ROWS)]
+
+
+def pair_up(pack: Batch) -> Batch:
+    """Take every two documents of a pack for the conversations of one pair."""
+    count = int((pack.document_sources >= 0).sum())
+    starts = torch.cat([pack.document_starts[:count:2], pack.document_starts[count:]])
+    weights = None
+    if pack.loss_weights is not None:
+        weights = _document_weights(starts.tolist(), len(pack.input_ids))
+    return replace(
+        pack,
+        document_starts=starts,
+        document_sources=torch.cat(
+            [pack.document_sources[:count:2], pack.document_sources[count:]]
+        ),
+        rejected_starts=pack.document_starts[1:count:2].long(),
+        loss_weights=weights,
+    )
 
 
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:

@@ -83,6 +83,7 @@ def assert_equal_metrics(results: Path, layout: Layout) -> None:
             assert after[name] == before[name] > 0
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5)
+        assert after["preferences"] == pytest.approx(before["preferences"], rel=1e-5, abs=1e-6)
 
 
 def assert_equal_gradients(

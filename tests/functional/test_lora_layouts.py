@@ -41,12 +41,26 @@ ADAPTED: dict[str, dict[str, Any]] = {
         "rank": 2,
         "targets": ["q_proj", "v_proj", "up_proj", "layers.2.*.down_proj", "projector.*"],
     },
+    "preference": {
+        "freeze_language_model": True,
+        "freeze_vision_model": True,
+        "freeze_projector": True,
+        "rank": 3,
+        "alpha": 6.0,
+        "targets": ["*"],
+        "beta": 0.5,
+        "label_smoothing": 0.1,
+    },
 }
 FEW = [
     ("everywhere", ("tp2sp", "kept_in_pieces", "from_pixels", "overlapped")),
     ("everywhere", ("pp2", "replicated", "attention_kept")),
     ("some", ("tp2",)),
     ("some", ("cp2", "mlp_pieces")),
+    ("preference", ("tp2",)),
+    ("preference", ("cp2", "attention_kept")),
+    ("preference", ("pp2", "qwen3")),
+    ("preference", ("dp2", "overlapped")),
 ]
 MORE = [
     ("language", ("tp2",)),
@@ -59,6 +73,9 @@ MORE = [
     ("everywhere", ("tp2sp", "one_group", "dp2")),
     ("some", ("tp2sp", "dp2", "kept_in_pieces", "overlapped")),
     ("some", ("pp2", "cp2", "uniform", "replicated_overlapped")),
+    ("preference", ("tp2sp", "pp2vpp2", "overlapped", "kept_in_pieces")),
+    ("preference", ("tp2sp", "cp2", "from_pixels", "half_offloaded")),
+    ("preference", ("dp2", "cp2", "tied")),
 ]
 CASES = [
     (kind, layout_of(*values))

@@ -271,7 +271,7 @@ def _sample_table(
     recipe: Recipe, sources: list[Source], tokenizer: Tokenizer
 ) -> dict[str, np.ndarray]:
     """Columns of the plan with a value for each sample of the datasets' shards laid end to end."""
-    names = ("dataset", "shard", "row", "tokens", "tiles", "rows", "is_text")
+    names = ("dataset", "shard", "row", "tokens", "tiles", "rows", "is_text", "is_pair")
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     for dataset, source in enumerate(sources):
         encoder = sample_encoder(recipe, tokenizer, dataset=source.config)
@@ -280,7 +280,8 @@ def _sample_table(
             lengths = document_lengths(index, encoder=encoder)
             rows = np.arange(len(index))
             numbers = (np.full_like(rows, dataset), np.full_like(rows, shard), rows)
-            values = (*numbers, lengths.tokens, lengths.tiles, lengths.loss_tokens, lengths.is_text)
+            counts = (lengths.tokens, lengths.tiles, lengths.loss_tokens)
+            values = (*numbers, *counts, lengths.is_text, lengths.is_pair)
             for name, value in zip(names, values, strict=True):
                 columns[name].append(value)
     return {name: np.concatenate(values) for name, values in columns.items()}
@@ -289,6 +290,7 @@ def _sample_table(
 def _usable(recipe: Recipe, samples: dict[str, np.ndarray]) -> np.ndarray:
     # Raw text of any length is usable, since it is split over packs.
     usable = (samples["tokens"] <= recipe.data.seq_length) | samples["is_text"].astype(bool)
+    usable &= samples["is_pair"].astype(bool) == (recipe.dpo.beta > 0)
     if recipe.model.text_only:
         return usable & (samples["tiles"] == 0)
     return usable
@@ -309,12 +311,24 @@ def _rejected(
         source = sources[samples["dataset"][sample]]
         path = source.shards[samples["shard"][sample]]
         row_keys = keys(source.indexes[samples["shard"][sample]])
-        tokens = samples["tokens"][sample]
-        tiles = samples["tiles"][sample]
-        reason = f"{tokens} tokens do not fit data.seq_length {recipe.data.seq_length}"
-        if tokens <= recipe.data.seq_length:
-            reason = f"has images or videos ({tiles} tiles), which model.text_only cannot take"
+        reason = _reason({name: int(column[sample]) for name, column in samples.items()}, recipe)
         rejected.append(
             Rejected(split, source.name, str(path), row_keys[int(samples["row"][sample])], reason)
         )
     return rejected
+
+
+def _reason(sample: dict[str, int], recipe: Recipe) -> str:
+    """Say why a sample cannot be used."""
+    is_pair = sample["is_pair"] > 0
+    if is_pair and not recipe.dpo.beta:
+        return "is a pair with a rejected answer, which needs dpo.beta"
+    if recipe.dpo.beta and not is_pair:
+        return "has no rejected answer (rejected_response), which dpo.beta needs"
+    if sample["tokens"] <= recipe.data.seq_length:
+        tiles = sample["tiles"]
+        return f"has images or videos ({tiles} tiles), which model.text_only cannot take"
+    reason = f"{sample['tokens']} tokens do not fit data.seq_length {recipe.data.seq_length}"
+    if is_pair:
+        reason += ", and both answers of a pair belong in one pack"
+    return reason

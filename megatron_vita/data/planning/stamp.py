@@ -64,6 +64,9 @@ def plan_stamp(
         },
         f"data.{split}": [_source_stamp(source) for source in sources],
     }
+    # Plans of recipes without pairs stay valid.
+    if recipe.dpo.beta:
+        stamp["dpo.beta"] = "any"
     if split == "train":
         stamp |= {"data.seed": data.seed, "data.epochs": data.epochs}
     return stamp

@@ -15,20 +15,21 @@ from megatron_vita.media.video import VideoInfo
 
 @dataclass(frozen=True)
 class Lengths:
-    """Counts for each sample of an index, int64: tokens, tiles, tokens with loss; raw texts are
-    marked."""
+    """Counts for each sample of an index, int64: tokens, tiles, tokens with loss; raw texts and
+    pairs are marked."""
 
     tokens: np.ndarray
     tiles: np.ndarray
     loss_tokens: np.ndarray
     is_text: np.ndarray
+    is_pair: np.ndarray
 
 
 def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
     """Count tokens, tiles and tokens with loss of each sample of an index.
 
     A sample longer than a pack is counted as truncated, or whole if nothing would remain. Raw text
-    is counted whole, since it is split over packs.
+    is counted whole, since it is split over packs; and so is a pair, which is never cut.
     """
     kinds, counts = index.ragged("piece_kinds")
     tokens = index.ragged("piece_tokens")[0].astype(np.int64)
@@ -40,17 +41,19 @@ def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
         # Pieces of media are in the order of the index's images and videos.
         tokens[kinds == kind] = measured[:, 0]
         tiles[kinds == kind] = measured[:, 1]
-    scored = np.where(kinds == Kind.LOSS, tokens, 0)
     first = np.cumsum(counts) - counts
+    is_pair = _pad_pairs(kinds, tokens, counts=counts, encoder=encoder)
+    scored = np.where(kinds == Kind.LOSS, tokens, 0)
     # The first token of a document has none before it that could predict it.
     opens_scored = np.zeros(len(index), dtype=np.int64)
     filled = counts > 0
     opens_scored[filled] = kinds[first[filled]] == Kind.LOSS
     sums = [_sum_by_sample(values, counts) for values in (tokens, tiles, scored)]
-    found = Lengths(sums[0], sums[1], sums[2] - opens_scored, index.column("is_text"))
+    is_text = index.column("is_text")
+    found = Lengths(sums[0], sums[1], sums[2] - opens_scored, is_text, is_pair)
     if not encoder.limit:
         return found
-    for sample in np.flatnonzero((found.tokens > encoder.limit) & ~found.is_text):
+    for sample in np.flatnonzero((found.tokens > encoder.limit) & ~is_text & ~is_pair):
         pieces = slice(first[sample], first[sample] + counts[sample])
         values = zip(
             kinds[pieces].tolist(), tokens[pieces].tolist(), tiles[pieces].tolist(), strict=True
@@ -60,6 +63,20 @@ def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
             found.tiles[sample] = left.tiles
             found.loss_tokens[sample] = left.loss_tokens
     return found
+
+
+def _pad_pairs(
+    kinds: np.ndarray, tokens: np.ndarray, *, counts: np.ndarray, encoder: SampleEncoder
+) -> np.ndarray:
+    """Set the tokens of the boundaries of pairs; returns which samples are pairs."""
+    boundaries = np.flatnonzero(kinds == Kind.BOUNDARY)
+    samples = np.searchsorted(np.cumsum(counts), boundaries, side="right")
+    is_pair = np.zeros(len(counts), dtype=bool)
+    is_pair[samples] = True
+    before = np.concatenate([[0], np.cumsum(tokens)])
+    chosen = before[boundaries] - before[(np.cumsum(counts) - counts)[samples]]
+    tokens[boundaries] = encoder.boundary(chosen)
+    return is_pair
 
 
 def _measure_images(index: SampleIndex, encoder: SampleEncoder) -> np.ndarray:

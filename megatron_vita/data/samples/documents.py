@@ -1,6 +1,6 @@
 """Encoding of samples to documents: token ids, labels, and positions of tiles."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -23,7 +23,8 @@ class Document:
 
     `input_ids` and `labels` are int64 [L]; a label is the next token if that one carries loss, else
     IGNORED_LABEL. `placements` int64 [N] holds the position of each tile's first placeholder;
-    `media` has N tiles in the same order.
+    `media` has N tiles in the same order. A pair is one document: the chosen conversation, padded,
+    and from `rejected_start` on the rejected one, which does not see it.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Document:
     placements: np.ndarray
     media: list[Medium]
     weight: float = 1.0
+    rejected_start: int = 0  # 0: no pair
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -74,20 +76,47 @@ def build_document(record: dict[str, Any], row: SampleRow, *, encoder: SampleEnc
         DataError: the tags do not match the media.
     """
     left = _truncate_row(row, encoder)
-    # The index has the sizes of media in the order of their tags; the record has their names.
-    names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
+    conversations = encode_record(record, encoder.chat)
+    # The index has the sizes of media in the order of their tags; the record has their names. Both
+    # conversations of a pair show them.
+    copies = len(conversations)
+    names = {
+        Kind.IMAGE: iter(record["images"] * copies),
+        Kind.VIDEO: iter(record["videos"] * copies),
+    }
     media: dict[str, list[Medium | None]] = {"image": [], "video": []}
     for kind, medium in _kept_media(row, left, encoder):
         name = next(names[kind])
         media[kind.name.lower()].append(medium and medium._replace(member=name))
-    turns = encode_record(record, encoder.chat)
-    document = assemble_document(
-        turns, key=row.key, media=media, encoder=encoder, weight=weight_of(record)
-    )
+    coming = {kind: iter(files) for kind, files in media.items()}
+    documents = [
+        assemble_document(
+            turns, key=row.key, media=coming, encoder=encoder, weight=weight_of(record)
+        )
+        for turns in conversations
+    ]
+    if len(documents) > 1:
+        return _paired(*documents, encoder=encoder)
     # Raw text is split over packs instead.
     if row.is_text:
-        return document
-    return document.cut(left.tokens)
+        return documents[0]
+    return documents[0].cut(left.tokens)
+
+
+def _paired(chosen: Document, rejected: Document, *, encoder: SampleEncoder) -> Document:
+    """Join the conversations of a pair, each on an aligned position."""
+    padding = encoder.boundary(len(chosen))
+    start = len(chosen) + padding
+    pads = np.full(padding, encoder.tokenizer.pad_id, dtype=np.int64)
+    ignored = np.full(padding, IGNORED_LABEL, dtype=np.int64)
+    return replace(
+        chosen,
+        input_ids=np.concatenate([chosen.input_ids, pads, rejected.input_ids]),
+        labels=np.concatenate([chosen.labels, ignored, rejected.labels]),
+        placements=np.concatenate([chosen.placements, start + rejected.placements]),
+        media=[*chosen.media, *rejected.media],
+        rejected_start=start,
+    )
 
 
 def blank_document(row: SampleRow, *, tokens: int, tiles: int, encoder: SampleEncoder) -> Document:
@@ -98,12 +127,19 @@ def blank_document(row: SampleRow, *, tokens: int, tiles: int, encoder: SampleEn
         if medium is not None
     ]
     ends = np.cumsum([medium.num_tiles for medium in media])
+    # Attention has the same bounds on ranks that can read the sample.
+    rejected_start = 0
+    if row.is_pair:
+        kinds = [piece.kind for piece in _measured(row, encoder)]
+        lengths = [piece.tokens for piece in _measured(row, encoder)]
+        rejected_start = sum(lengths[: kinds.index(Kind.BOUNDARY) + 1])
     return Document(
         key=row.key,
         input_ids=np.full(tokens, encoder.tokenizer.pad_id, dtype=np.int64),
         labels=np.full(tokens, IGNORED_LABEL, dtype=np.int64),
         placements=blank_placements(tiles, encoder.vision.image_token_length),
         media=media[: int(np.searchsorted(ends, tiles, side="right"))],
+        rejected_start=rejected_start,
     )
 
 
@@ -126,20 +162,30 @@ def _kept_media(
             yield kind, encoder.video("", next(videos), frames=next(kept))
 
 
-def _truncate_row(row: SampleRow, encoder: SampleEncoder) -> Truncated:
-    """Truncation of a sample by its metadata; none if it fits, or if nothing would remain."""
+def _measured(row: SampleRow, encoder: SampleEncoder) -> list[Piece]:
+    """Measure the pieces of a sample by its metadata."""
     images = iter(row.image_sizes)
     videos = iter(row.videos)
-    pieces = []
+    pieces: list[Piece] = []
     for kind, tokens in row.pieces:
         if kind == Kind.IMAGE:
             pieces.append(Piece(kind, *encoder.measure_image(next(images))))
         elif kind == Kind.VIDEO:
             pieces.append(Piece(kind, *encoder.measure_video(next(videos))))
+        elif kind == Kind.BOUNDARY:
+            before = sum(piece.tokens for piece in pieces)
+            pieces.append(Piece(kind, encoder.boundary(before)))
         else:
             pieces.append(Piece(kind, tokens))
+    return pieces
+
+
+def _truncate_row(row: SampleRow, encoder: SampleEncoder) -> Truncated:
+    """Truncation of a sample by its metadata; none if it fits, or if nothing would remain."""
+    pieces = _measured(row, encoder)
     everything = untruncated(pieces)
-    if row.is_text or not encoder.limit or everything.tokens <= encoder.limit:
+    is_whole = row.is_text or row.is_pair or not encoder.limit
+    if is_whole or everything.tokens <= encoder.limit:
         return everything
     return encoder.truncate(pieces) or everything
 
@@ -148,7 +194,7 @@ def assemble_document(
     turns: Iterable[EncodedTurn],
     *,
     key: str,
-    media: dict[str, list[Medium | None]],
+    media: Mapping[str, Iterable[Medium | None]],
     encoder: SampleEncoder,
     weight: float = 1.0,
 ) -> Document:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from megatron_vita.config import MediaConfig, VisionConfig
 from megatron_vita.data.samples.truncation import Piece, Truncated, truncate
 from megatron_vita.media.normalization import Normalization
@@ -50,6 +52,7 @@ class SampleEncoder:
     text_only: bool = False
     limit: int = 0  # tokens of a pack; 0 for none
     overlong: str = "reject"
+    alignment: int = 1  # of the conversations of a pair
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -98,6 +101,10 @@ class SampleEncoder:
             return None
         times = frame_times(info, max_fps=self.media.max_fps, max_frames=most)
         return Medium(member, len(times), None, list(times))
+
+    def boundary[Tokens: (int, np.ndarray)](self, tokens: Tokens) -> Tokens:
+        """Padding tokens after the chosen conversation of a pair, of `tokens` tokens."""
+        return -tokens % self.alignment
 
     def truncate(self, pieces: Sequence[Piece]) -> Truncated | None:
         """Truncate a document longer than a pack by the recipe's policy; None if none remains."""

@@ -1,7 +1,8 @@
 """Conversion of third-party records to our samples.
 
 A record is a conversation (`messages`, `conversations`, ...), a question and an answer in separate
-fields, a caption of media, or raw text; with media, a system prompt, and marks of trained turns.
+fields, a caption of media, or raw text; with media, a system prompt, marks of trained turns, and a
+rejected answer.
 Nothing in it is ignored: a field is used, or the record is refused by the field's name.
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
+from megatron_vita.data.samples.foreign_pairs import take_preference
 from megatron_vita.data.samples.foreign_turns import Chat, literal, place_media, read_chat
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.media_fields import (
@@ -20,6 +22,7 @@ from megatron_vita.data.samples.media_fields import (
     refuse_unread,
     take_media,
 )
+from megatron_vita.data.samples.records import REJECTED
 from megatron_vita.data.samples.refused_fields import (
     refuse_grades,
     refuse_parts_of_videos,
@@ -99,6 +102,7 @@ def sample_of(
     fields = {name: value for name, value in record.items() if name not in ignore}
     fields = _opened({name: value for name, value in fields.items() if value is not None})
     columns = sorted(map(str, fields))
+    fields, rejected = take_preference(fields, chats=CHAT_FIELDS)
     refuse_what_is_not_learnt(fields)
     # A field for media, be it null, says that tags are meant as places of media.
     literal_tags = literal_tags and not has_media_fields(record.keys() - set(ignore))
@@ -130,6 +134,8 @@ def sample_of(
     # A video whose content comes with the record is cut already: times tell where it was.
     if beside is None and any(isinstance(video, str) for video in media["videos"]):
         refuse_parts_of_videos(rest)
+    if rejected is not None:
+        sample[REJECTED] = rejected
     return _kept(fields) | sample
 
 

@@ -69,7 +69,7 @@ def read_chat(turns: Any) -> Chat:
     Raises:
         DataError: naming the turn, for anything else. Unknown roles are left to `check_messages`.
     """
-    turns = _decoded(turns)
+    turns = decode_turns(turns)
     if not isinstance(turns, list):
         raise DataError(f"the conversation is {type(turns).__name__}: a list of turns is needed")
     if turns and all(isinstance(turn, str) for turn in turns):
@@ -121,7 +121,7 @@ def literal(text: str) -> str:
     return text
 
 
-def _decoded(turns: Any) -> Any:
+def decode_turns(turns: Any) -> Any:
     """Parse a conversation that a table without lists holds as JSON text."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:

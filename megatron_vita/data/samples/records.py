@@ -1,5 +1,7 @@
-"""JSON record of a sample: a conversation with media, or raw text; and its encoded pieces."""
+"""JSON record of a sample: a conversation with media, perhaps with a rejected answer, or raw text;
+and its encoded pieces."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -8,13 +10,18 @@ from typing import Any
 
 from megatron_vita.errors import DataError
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.conversation import CHAT_FIELDS, check_messages
+from megatron_vita.text.conversation import CHAT_FIELDS, TextPart, Turn, check_messages
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece
+
+REJECTED = "rejected_response"
+"""Field of a pair: the rejected answer in the place of the last one of its messages."""
 
 
 class Kind(IntEnum):
-    """Kind of a piece of a document."""
+    """Kind of a piece of a document; media have the highest numbers."""
 
+    # The end of a pair's chosen conversation, padded: the rejected one follows.
+    BOUNDARY = -1
     TEXT = 0
     LOSS = 1  # text with loss
     IMAGE = 2
@@ -53,15 +60,17 @@ def is_raw_text(record: Mapping[str, Any]) -> bool:
 
 
 def check_record(record: Mapping[str, Any]) -> None:
-    """Check that a sample is a conversation or raw text with a valid weight.
+    """Check that a sample is a conversation, a pair or raw text with a valid weight.
 
     Raises:
         DataError: naming field and value.
     """
     weight_of(record)
     if not is_raw_text(record):
-        check_messages(record)
+        _check_rejected(record, check_messages(record))
         return
+    if is_pair(record):
+        raise DataError(f"{REJECTED} is given beside a text: a conversation (messages) is needed")
     text = record["text"]
     if not isinstance(text, str) or not text:
         raise DataError(f"text is {text!r:.80}: a string that is not empty is needed")
@@ -75,6 +84,33 @@ def check_record(record: Mapping[str, Any]) -> None:
         raise DataError(
             f"text has the lone surrogate {text[error.start]!r} at character {error.start}"
         ) from error
+
+
+def is_pair(record: Mapping[str, Any]) -> bool:
+    """Return true for a conversation whose last answer was chosen over another one."""
+    return record.get(REJECTED) is not None
+
+
+def _check_rejected(record: Mapping[str, Any], turns: list[Turn]) -> None:
+    """Check the rejected answer of a pair.
+
+    Raises:
+        DataError: it is no text or the same as the chosen one, or the messages do not end with an
+            answer to something that is trained.
+    """
+    if not is_pair(record):
+        return
+    rejected = record[REJECTED]
+    if not isinstance(rejected, str) or not rejected.strip():
+        raise DataError(f"{REJECTED} is {rejected!r:.80}: the text of an answer is needed")
+    last = turns[-1]
+    if len(turns) < 2 or last.role != "assistant" or not last.loss:
+        raise DataError(
+            f"{REJECTED} is {rejected!r:.80}: messages must end with an answer that it is compared "
+            f"with; their roles are {[turn.role for turn in turns]}"
+        )
+    if last.parts == [TextPart(rejected)]:
+        raise DataError(f"{REJECTED} is the chosen answer itself: {rejected!r:.80}")
 
 
 def weight_of(record: Mapping[str, Any]) -> float:
@@ -92,12 +128,33 @@ def weight_of(record: Mapping[str, Any]) -> float:
     return float(weight)
 
 
-def encode_record(record: Mapping[str, Any], chat: ChatFormat) -> list[EncodedTurn]:
-    """Encode a sample's turns, with positions of media; raw text is one turn."""
+def encode_record(record: Mapping[str, Any], chat: ChatFormat) -> list[list[EncodedTurn]]:
+    """Encode the conversations of a sample, each as turns with positions of media.
+
+    Raw text is one turn. A pair is two conversations, the chosen one first, whose last answers
+    alone carry loss.
+    """
     if is_raw_text(record):
         check_record(record)
-        return chat.raw_text(record["text"])
-    return chat.encode(check_messages(record))
+        return [chat.raw_text(record["text"])]
+    turns = check_messages(record)
+    if not is_pair(record):
+        return [chat.encode(turns)]
+    _check_rejected(record, turns)
+    before = [dataclasses.replace(turn, loss=turn.role != "assistant") for turn in turns[:-1]]
+    rejected = dataclasses.replace(turns[-1], parts=[TextPart(record[REJECTED])], listed=False)
+    return [chat.encode([*before, answer]) for answer in (turns[-1], rejected)]
+
+
+def pieces_of_sample(conversations: list[list[EncodedTurn]]) -> tuple[list[Kind], list[int]]:
+    """Kinds and tokens of a sample's pieces as `pieces_of`, with the boundary of a pair."""
+    kinds, tokens = pieces_of(conversations[0])
+    for turns in conversations[1:]:
+        more_kinds, more_tokens = pieces_of(turns)
+        # How long it is depends on the alignment of documents, which an index does not know.
+        kinds = [*kinds, Kind.BOUNDARY, *more_kinds]
+        tokens = [*tokens, 0, *more_tokens]
+    return kinds, tokens
 
 
 def pieces_of(turns: list[EncodedTurn]) -> tuple[list[Kind], list[int]]:

@@ -9,8 +9,8 @@ from megatron_vita.errors import DataError
 
 _REFUSED = {
     **dict.fromkeys(
-        ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "candidates"),
-        "preferences between answers are not trained here",
+        ("kto_tag", "candidates"),
+        "of preferences between answers only pairs are trained (rejected_response)",
     ),
     **dict.fromkeys(("tools", "functions"), "tools are not read"),
     "train_detail": "parts of a turn cannot be masked",

@@ -21,8 +21,8 @@ class SampleRow(NamedTuple):
         key: key in the shard.
         is_text: the sample is raw text.
         pieces: kinds of its pieces in order, with the tokens of those that are text.
-        image_sizes: (width, height) of its images after EXIF rotation.
-        videos: metadata of its videos.
+        image_sizes: (width, height) of its images after EXIF rotation; a pair's twice.
+        videos: metadata of its videos; a pair's twice.
         members: its files by name.
         record: its JSON, if the shard, made by others, does not hold it.
     """
@@ -34,3 +34,8 @@ class SampleRow(NamedTuple):
     videos: list[VideoInfo]
     members: dict[str, Member]
     record: str = ""
+
+    @property
+    def is_pair(self) -> bool:
+        """True for two conversations, of a chosen and a rejected answer."""
+        return any(kind == Kind.BOUNDARY for kind, _ in self.pieces)

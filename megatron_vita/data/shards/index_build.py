@@ -11,7 +11,13 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_vita.data.samples.media_fields import FIELDS
-from megatron_vita.data.samples.records import encode_record, is_raw_text, parse_record, pieces_of
+from megatron_vita.data.samples.records import (
+    encode_record,
+    is_pair,
+    is_raw_text,
+    parse_record,
+    pieces_of_sample,
+)
 from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.samples.third_party import (
     MemberRule,
@@ -191,7 +197,7 @@ class _Reader:
 
         try:
             record, is_foreign = parse_sample(sample, read_member, self.rule)
-            kinds, tokens = pieces_of(encode_record(record, self._chat))
+            kinds, tokens = pieces_of_sample(encode_record(record, self._chat))
             check_members(record, sample, is_foreign=is_foreign)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
@@ -203,6 +209,10 @@ class _Reader:
         videos = [
             probe_video(read(member), f"{self._shard} {member}") for member in record["videos"]
         ]
+        # Both conversations of a pair show its media.
+        if is_pair(record):
+            sizes = sizes * 2
+            videos = videos * 2
         return {
             "key": sample.key,
             "is_text": is_raw_text(record),
