@@ -129,13 +129,13 @@ def check_base(checkpoint: Path, known: Mapping[str, str], *, stamp: str, path: 
 
 
 def check_adapters(checkpoint: Path, *, saved: Recipe, recipe: Recipe) -> None:
-    """Check that a checkpoint's adapters are those of a recipe: maps, rank and scale, and that what
+    """Check that a checkpoint's adapters are those of a recipe: maps, rank, scale, kind, and that what
     was trained beside them is trained on.
 
     Raises:
         CheckpointError: names the field that differs.
     """
-    for name in ("rank", "alpha", "rslora"):
+    for name in ("rank", "alpha", "rslora", "dora"):
         then = getattr(saved.lora, name)
         now = getattr(recipe.lora, name)
         if then != now:

@@ -35,6 +35,11 @@ class LoraConfig:
         "Scale by alpha / sqrt(rank), which keeps updates of large ranks from vanishing.",
         needs=("rank",),
     )
+    dora: bool = described(
+        False,
+        "Train the norm of each row of an adapted map beside its direction (DoRA).",
+        needs=("rank",),
+    )
     targets: list[str] = described(
         LANGUAGE_MAPS,
         "Names of linear maps that have adapters, Megatron's or Hugging Face's, with * for any text: linear_qkv "
@@ -59,6 +64,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "lora.")
+        require(
+            not (self.dora and self.dropout),
+            f"lora.dropout is {self.dropout:g}, but must be 0 with lora.dora, whose norms belong to "
+            "the whole input",
+        )
 
     @property
     def scale(self) -> float:

@@ -209,6 +209,11 @@ def _check_parts(recipe: "Recipe") -> None:
 
 
 def _check_adapters(recipe: "Recipe") -> None:
+    require(
+        not recipe.lora.dora or recipe.training.fp8_recipe == "none",
+        f"lora.dora is true, but training.fp8_recipe is {recipe.training.fp8_recipe}: norms of "
+        "8-bit weights are not supported; set it to none",
+    )
     for adapted in adapted_maps(recipe.model, recipe.lora):
         part = adapted.linear.part
         require(

@@ -175,11 +175,17 @@ def to_peft(
             "other parts have adapters).",
         ),
     ] = "",
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint of the weights beside DoRA's adapters (default: as recorded)."
+        ),
+    ] = None,
 ) -> None:
     """Export adapters as PEFT's folder."""
     from megatron_vita.convert.peft import export_adapters
 
-    count = export_adapters(source, destination, folder_format=folder_format)
+    count = export_adapters(source, destination, folder_format=folder_format, base=base)
     typer.echo(f"{destination}: adapters of {count} maps")
 
 

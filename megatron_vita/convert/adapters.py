@@ -13,7 +13,7 @@ from megatron_vita.checkpoint.base import BASE, base_of, check_base, stamp_of_pa
 from megatron_vita.checkpoint.manifest import MANIFEST, SCORES, TENSORS
 from megatron_vita.checkpoint.tokenizer_copy import FILE, FOLDER, copy_tokenizer
 from megatron_vita.config import AdaptedMap, Recipe, adapted_maps, recipe_from_dict
-from megatron_vita.convert.families.adapters import Matrices, update_of
+from megatron_vita.convert.families.adapters import Matrices, merged_weight, update_of
 from megatron_vita.convert.families.mapping import TensorLocation, location_of
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.tensors import check_finite
@@ -63,6 +63,12 @@ class AdapterCheckpoint:
         a, b = (self._read(key) for key in keys)
         return a, b
 
+    def read_norms(self, adapted: AdaptedMap) -> Tensor | None:
+        """Return what DoRA adds to the norms of a map's rows in fp32; None without DoRA."""
+        if not self.recipe.lora.dora:
+            return None
+        return self._read(f"{adapted.linear.name}.{ADAPTER}.d")
+
     def _read(self, key: str) -> Tensor:
         if key not in self.source.infos:
             raise CheckpointError(f"{self.path}: has no tensor {key}")
@@ -84,6 +90,7 @@ def write_adapters(
     *,
     base: dict[str, str],
     matrices: Callable[[AdaptedMap], Matrices],
+    norms: Callable[[AdaptedMap], Tensor] | None = None,
 ) -> None:
     """Write a checkpoint of adapters alone, completely or not at all.
 
@@ -92,10 +99,14 @@ def write_adapters(
         recipe: model and adapters.
         base: path and stamp of the weights that they belong to; an empty stamp is not checked.
         matrices: returns `a` and `b` of a map's adapters.
+        norms: returns what DoRA adds to the norms of a map's rows.
     """
     chunks = []
     for adapted in adapted_maps(recipe.model, recipe.lora):
-        for name, tensor in zip(("a", "b"), matrices(adapted), strict=True):
+        tensors = dict(zip(("a", "b"), matrices(adapted), strict=True))
+        if norms is not None:
+            tensors["d"] = norms(adapted)
+        for name, tensor in tensors.items():
             key = f"{adapted.linear.name}.{ADAPTER}.{name}"
             chunks.append(_small_chunk(key, tensor.contiguous()))
     with new_folder(destination) as folder:
@@ -126,22 +137,43 @@ def merge_adapters(adapters: Path, destination: Path, *, base: Path | None = Non
         CheckpointError: the base is missing or another one.
     """
     opened = AdapterCheckpoint.open(adapters)
-    if base is None and not opened.base["path"]:
-        raise CheckpointError(
-            f"{opened.path}: was trained on initial weights, which no checkpoint holds: name one "
-            "with --base"
-        )
-    whole = store.find_checkpoint(base or opened.base["path"])
+    whole = find_base(opened, base)
     recipe = store.recipe_of(whole)
-    store.check_model(whole, saved=recipe.model, model=opened.recipe.model)
     merge = _Merge(adapters=opened, base=DistSource(whole))
-    merge.check_stamp(whole)
     with new_folder(destination) as folder:
         _copy_other_files(whole, folder)
         _take_tokenizer(opened.path, folder)
         with ProgressBar("merging", nbytes=merge.nbytes) as progress:
             write_distributed(folder, list(merge.chunks(progress)))
         write_first_manifest(folder, _recipe_of_merged(recipe, opened.recipe))
+
+
+def find_base(adapters: AdapterCheckpoint, base: Path | None) -> Path:
+    """Return the checkpoint of the weights that adapters belong to.
+
+    Args:
+        adapters: the adapters.
+        base: names it; None for the one they were trained on.
+
+    Raises:
+        CheckpointError: it is missing, or another one.
+    """
+    if base is None and not adapters.base["path"]:
+        raise CheckpointError(
+            f"{adapters.path}: was trained on initial weights, which no checkpoint holds: name one "
+            "with --base"
+        )
+    whole = store.find_checkpoint(base or adapters.base["path"])
+    recipe = store.recipe_of(whole)
+    store.check_model(whole, saved=recipe.model, model=adapters.recipe.model)
+    _Merge(adapters=adapters, base=DistSource(whole)).check_stamp(whole)
+    return whole
+
+
+def base_weight(base: DistSource, adapted: AdaptedMap) -> Tensor:
+    """Return the weight [out, in] of an adapted map in fp32."""
+    weight = base.read(location_of(f"{adapted.linear.name}.weight"))
+    return weight.view(-1, weight.shape[-1]).float()
 
 
 def _take_tokenizer(adapters: Path, folder: Path) -> None:
@@ -241,8 +273,14 @@ class _Merge:
         adapted = self.adapted.get(place)
         if adapted is None:
             return weight
-        update = update_of(adapted, *self.adapters.read(adapted))
-        return weight.float() + self.adapters.recipe.lora.scale * update.view(weight.shape)
+        update = self.adapters.recipe.lora.scale * update_of(adapted, *self.adapters.read(adapted))
+        merged = merged_weight(
+            adapted,
+            weight.view(update.shape).float(),
+            update,
+            change=self.adapters.read_norms(adapted),
+        )
+        return merged.view(weight.shape)
 
 
 def _parts(recipe: Recipe) -> tuple[str, ...]:

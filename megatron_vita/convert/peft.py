@@ -9,8 +9,19 @@ from torch import Tensor
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import AdaptedMap, LinearMap, Recipe, linear_maps
-from megatron_vita.convert.adapters import AdapterCheckpoint, write_adapters
-from megatron_vita.convert.families.adapters import Matrices, join_adapter, split_adapter
+from megatron_vita.convert.adapters import (
+    AdapterCheckpoint,
+    base_weight,
+    find_base,
+    write_adapters,
+)
+from megatron_vita.convert.families.adapters import (
+    Matrices,
+    join_adapter,
+    join_norms,
+    split_adapter,
+    split_norms,
+)
 from megatron_vita.convert.families.folder_formats import (
     CAUSAL,
     INTERNVL_HF,
@@ -20,10 +31,12 @@ from megatron_vita.convert.families.folder_formats import (
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
 from megatron_vita.convert.formats.tensors import check_finite
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.errors import CheckpointError, ConfigError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_MAGNITUDE = "lora_magnitude_vector"
 _PREFIX = "base_model.model."
 _IN_MEMORY = {  # beginnings of names in files, and in transformers' models
     INTERNVL_HF.name: {
@@ -36,7 +49,6 @@ _IN_MEMORY = {  # beginnings of names in files, and in transformers' models
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
@@ -98,7 +110,9 @@ def _renamed(name: str, beginnings: dict[str, str]) -> str:
     return name
 
 
-def export_adapters(adapters: Path, destination: Path, *, folder_format: str = "") -> int:
+def export_adapters(
+    adapters: Path, destination: Path, *, folder_format: str = "", base: Path | None = None
+) -> int:
     """Write adapters as PEFT's folder, completely or not at all; return their number.
 
     Args:
@@ -106,9 +120,12 @@ def export_adapters(adapters: Path, destination: Path, *, folder_format: str = "
         destination: folder to write.
         folder_format: of the base that they will be loaded on; empty: the language model alone, or
             transformers' InternVL where other parts have adapters.
+        base: checkpoint of the weights beside DoRA's adapters, whose norms PEFT wants whole; None
+            for the one they were trained on.
 
     Raises:
-        CheckpointError: weights beside the adapters were trained, or the format lacks a map.
+        CheckpointError: weights beside the adapters were trained, the format lacks a map, or the
+            base is missing or another one.
     """
     opened = AdapterCheckpoint.open(adapters)
     if beside := opened.trained_beside():
@@ -124,11 +141,26 @@ def export_adapters(adapters: Path, destination: Path, *, folder_format: str = "
             name = names.of(adapted.linear, piece)
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    count = len(tensors) // 2
+    if opened.recipe.lora.dora:
+        tensors |= _magnitudes(opened, names, DistSource(find_base(opened, base)))
     with new_folder(destination) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config = _config_of(opened, names)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return len(tensors) // 2
+    return count
+
+
+def _magnitudes(opened: AdapterCheckpoint, names: _Names, base: DistSource) -> dict[str, Tensor]:
+    """Return PEFT's magnitudes: the norms of the base's rows, and what training added."""
+    tensors: dict[str, Tensor] = {}
+    for adapted in opened.adapted:
+        change = opened.read_norms(adapted)
+        assert change is not None, "adapters of DoRA"
+        norms = base_weight(base, adapted).norm(dim=1) + change.flatten()
+        for piece, values in split_norms(adapted, norms).items():
+            tensors[f"{_PREFIX}{names.of(adapted.linear, piece)}.{_MAGNITUDE}"] = values
+    return tensors
 
 
 def _format_for(opened: AdapterCheckpoint, name: str) -> FolderFormat:
@@ -158,7 +190,7 @@ def _config_of(opened: AdapterCheckpoint, names: _Names) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -190,7 +222,7 @@ def import_adapters(folder: Path, destination: Path, *, base: Path) -> int:
     whole = store.find_checkpoint(base)
     recipe = store.recipe_of(whole)
     source = SafetensorsSource(folder / WEIGHTS)
-    found = _maps_in(source, recipe)
+    found = _maps_in(source, recipe, has_norms=bool(config.get("use_dora")))
     adapted_recipe = _recipe_with(recipe, config, list(found))
     theirs = {piece: f"{_PREFIX}{name}" for piece, name in found.items()}
 
@@ -205,13 +237,43 @@ def import_adapters(folder: Path, destination: Path, *, base: Path) -> int:
             )
         return join_adapter(adapted, read)
 
+    weights = DistSource(whole)
+
+    def norms(adapted: AdaptedMap) -> Tensor:
+        names = [adapted.linear.pieces[i].name for i in adapted.chosen]
+        read = {name: _read_magnitude(source, f"{theirs[name]}.{_MAGNITUDE}") for name in names}
+        of_base = split_norms(adapted, base_weight(weights, adapted).norm(dim=1))
+        _check_magnitudes(read, of_base, folder=folder)
+        return join_norms(adapted, {name: read[name] - of_base[name] for name in names})
+
     write_adapters(
         destination,
         adapted_recipe,
         base={"path": str(whole.absolute()), "stamp": ""},
         matrices=matrices,
+        norms=norms if adapted_recipe.lora.dora else None,
     )
     return len(found)
+
+
+def _read_magnitude(source: SafetensorsSource, name: str) -> Tensor:
+    """Read the magnitudes of a map in fp32."""
+    if name not in source.infos:
+        file = next(iter(source.infos.values())).file
+        raise CheckpointError(f"{file}: has no tensor {name}, which use_dora of {CONFIG} needs")
+    tensor = source.read(name).float()
+    check_finite(tensor, name=name, file=source.infos[name].file)
+    return tensor
+
+
+def _check_magnitudes(read: dict[str, Tensor], of_base: dict[str, Tensor], *, folder: Path) -> None:
+    for name, values in read.items():
+        wanted = of_base[name].shape
+        if values.shape != wanted:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: the magnitudes of {name} are {list(values.shape)}; "
+                f"{list(wanted)} is needed for the base's map"
+            )
 
 
 def _read_matrices(
@@ -258,13 +320,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _maps_in(source: SafetensorsSource, recipe: Recipe) -> dict[str, str]:
+def _maps_in(source: SafetensorsSource, recipe: Recipe, *, has_norms: bool) -> dict[str, str]:
     """Return PEFT's names of the adapted maps by ours, in the format that has all of them.
 
     Raises:
         CheckpointError: no format has all, or a tensor is no adapter's.
     """
-    names = {_map_of(tensor, source) for tensor in source.infos}
+    names = {_map_of(tensor, source, has_norms=has_norms) for tensor in source.infos}
     lacking: list[set[str]] = []
     for folder_format in (CAUSAL, INTERNVL_HF):
         known = _Names(recipe, folder_format).theirs
@@ -281,8 +343,11 @@ def _maps_in(source: SafetensorsSource, recipe: Recipe) -> dict[str, str]:
     )
 
 
-def _map_of(tensor: str, source: SafetensorsSource) -> str:
-    for ending in (".lora_A.weight", ".lora_B.weight"):
+def _map_of(tensor: str, source: SafetensorsSource, *, has_norms: bool) -> str:
+    endings = [".lora_A.weight", ".lora_B.weight"]
+    if has_norms:
+        endings.append(f".{_MAGNITUDE}")
+    for ending in endings:
         if tensor.startswith(_PREFIX) and tensor.endswith(ending):
             name = tensor.removeprefix(_PREFIX).removesuffix(ending)
             if all(f"{_PREFIX}{name}.lora_{x}.weight" in source.infos for x in "AB"):
@@ -295,6 +360,7 @@ def _recipe_with(recipe: Recipe, config: dict[str, Any], pieces: list[str]) -> R
         "lora.rank": config["r"],
         "lora.alpha": float(config["lora_alpha"]),
         "lora.rslora": bool(config.get("use_rslora")),
+        "lora.dora": bool(config.get("use_dora")),
         "lora.targets": pieces,
     }
     frozen = dict.fromkeys(

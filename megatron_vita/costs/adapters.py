@@ -37,7 +37,7 @@ def _adapted(recipe: Recipe) -> list[AdaptedMap]:
 
 
 def _of_map(adapted: AdaptedMap, recipe: Recipe, *, tp: int) -> int:
-    """Count A and B of a map's adapters on a rank: the side where the map is split is split too."""
+    """Count A, B and norms of a map's adapters on a rank, split where the map is."""
     linear = adapted.linear
     inputs = linear.inputs * len(adapted.chosen)
     outputs = linear.outputs
@@ -45,4 +45,5 @@ def _of_map(adapted: AdaptedMap, recipe: Recipe, *, tp: int) -> int:
         inputs //= tp
     elif linear.split == "column":
         outputs //= tp
-    return recipe.lora.rank * (inputs + outputs)
+    norms = outputs if recipe.lora.dora else 0
+    return recipe.lora.rank * (inputs + outputs) + norms

@@ -54,10 +54,11 @@ class LayerTensors:
     context: int
     # layers that are frozen keep no inputs of linear layers
     frozen: bool
-    # masks and results of adapters' dropout, of the inputs of each map of attention and of the MLP
-    dropped_qkv: int = 0
-    dropped_projection: int = 0
-    dropped_mlp: int = 0
+    # what adapters keep beside the inputs of each map of attention, and of those of the MLP: masks
+    # and results of dropout, outputs that DoRA scales
+    beside_qkv: int = 0
+    beside_projection: int = 0
+    beside_mlp: int = 0
 
     @property
     def attention_kept(self) -> int:
@@ -67,8 +68,8 @@ class LayerTensors:
         input of the MLP.
         """
         norms = 2 if self.frozen else 3
-        dropped = self.dropped_qkv + self.dropped_projection
-        return norms * self.hidden + 2 * self.query + self.keys + self.log_sums + dropped
+        beside = self.beside_qkv + self.beside_projection
+        return norms * self.hidden + 2 * self.query + self.keys + self.log_sums + beside
 
     @property
     def mlp_kept(self) -> int:
@@ -79,7 +80,7 @@ class LayerTensors:
         """
         if self.frozen:
             return 2 * self.mlp
-        return self.hidden + 3 * self.mlp + self.dropped_mlp
+        return self.hidden + 3 * self.mlp + self.beside_mlp
 
     def kept(self, what: Kept) -> int:
         """Return the bytes that stay until the layer's backward."""
@@ -120,7 +121,7 @@ class LayerTensors:
         before = {
             "everything": 0,
             "all_but_mlp": 0,
-            "input_and_attention": 2 * self.hidden + self.dropped_projection,
+            "input_and_attention": 2 * self.hidden + self.beside_projection,
             "input": self.attention_kept - self.hidden + self.hidden,
         }[plan.kept]
         inside = 0
@@ -146,7 +147,7 @@ class LayerTensors:
         recomputed = {
             "everything": 0,
             "all_but_mlp": 0,
-            "input_and_attention": self.hidden + self.query + self.keys + self.dropped_qkv,
+            "input_and_attention": self.hidden + self.query + self.keys + self.beside_qkv,
             "input": self.attention_kept - self.hidden,
         }[what]
         # Beside the gradient of the residual stream: in attention the gradients of output, queries,
@@ -189,12 +190,25 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
     weight = 0
     if not recipe.training.freeze_language_model:
         weight = mlp * language.hidden_size * size
-    attended = tokens * query * size
-    dropped = _dropped_inputs(recipe, hidden=hidden, attended=attended, mlp=tokens * mlp * size)
+    beside = _kept_by_adapters(
+        recipe,
+        inputs={
+            "linear_qkv": hidden,
+            "linear_proj": tokens * query * size,
+            "linear_fc1": hidden,
+            "linear_fc2": tokens * mlp * size,
+        },
+        outputs={
+            "linear_qkv": tokens * (query + keys) * size,
+            "linear_proj": hidden,
+            "linear_fc1": 2 * tokens * mlp * size,
+            "linear_fc2": hidden,
+        },
+    )
     return LayerTensors(
         hidden=hidden,
         gathered=gathered,
-        query=attended,
+        query=tokens * query * size,
         keys=tokens * (keys + normed) * size,
         log_sums=tokens * heads * 4,
         mlp=tokens * mlp * size,
@@ -202,27 +216,30 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
         context=_context_buffers(recipe, keys_of_slice=tokens * keys * size),
         # Adapters read the same inputs as the maps beside them.
         frozen=recipe.is_frozen("language_model"),
-        dropped_qkv=dropped["linear_qkv"],
-        dropped_projection=dropped["linear_proj"],
-        dropped_mlp=dropped["linear_fc1"] + dropped["linear_fc2"],
+        beside_qkv=beside["linear_qkv"],
+        beside_projection=beside["linear_proj"],
+        beside_mlp=beside["linear_fc1"] + beside["linear_fc2"],
     )
 
 
-def _dropped_inputs(recipe: Recipe, *, hidden: int, attended: int, mlp: int) -> dict[str, int]:
-    """Return the bytes that adapters' dropout keeps for the inputs of each map: mask and result.
+def _kept_by_adapters(
+    recipe: Recipe, *, inputs: dict[str, int], outputs: dict[str, int]
+) -> dict[str, int]:
+    """Return the bytes that adapters keep beside each kind of map: dropout's mask and result of the
+    input, and the output that DoRA scales.
 
     Layers with different adapters are counted as if each had those of all.
     """
-    inputs = {
-        "linear_qkv": hidden,
-        "linear_proj": attended,
-        "linear_fc1": hidden,
-        "linear_fc2": mlp,
-    }
-    kinds: set[str] = set()
-    if recipe.lora.dropout:
-        kinds = {adapted.linear.kind for adapted in adapted_maps(recipe.model, recipe.lora)}
-    return {kind: 2 * size if kind in kinds else 0 for kind, size in inputs.items()}
+    kept = dict.fromkeys(inputs, 0)
+    if not (recipe.lora.dropout or recipe.lora.dora):
+        return kept
+    kinds = {adapted.linear.kind for adapted in adapted_maps(recipe.model, recipe.lora)}
+    for kind in kinds & kept.keys():
+        if recipe.lora.dropout:
+            kept[kind] += 2 * inputs[kind]
+        if recipe.lora.dora:
+            kept[kind] += outputs[kind]
+    return kept
 
 
 def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:

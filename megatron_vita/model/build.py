@@ -11,10 +11,17 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
-from megatron_vita.config import LanguageConfig, ParallelConfig, Recipe, layer_memory
+from megatron_vita.config import (
+    LanguageConfig,
+    ParallelConfig,
+    Recipe,
+    adapted_maps,
+    layer_memory,
+)
 from megatron_vita.errors import ConfigError
 from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
-from megatron_vita.model.lora import adapters_of, add_adapters
+from megatron_vita.model.dora import DoraAdapter
+from megatron_vita.model.lora import Adapter, adapters_of, attach, named_linears
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionOptions, VitaModel
 from megatron_vita.parallel import groups
@@ -193,13 +200,36 @@ def _build_chunk(
     model.to(platform.device())
     model.initialize_language(recipe.training.seed)
     # After the parts' own initialization, which knows no adapters.
-    add_adapters(model, recipe)
+    _add_adapters(model, recipe)
     if recipe.lora.dropout:
         _number_passes(model)
     model.to(platform.device())
     if recipe.training.bf16:
         return model.bfloat16()
     return model
+
+
+def _add_adapters(model: VitaModel, recipe: Recipe) -> None:
+    """Add the recipe's adapters to a model chunk, initialized from `training.seed`."""
+    linears = dict(named_linears(model))
+    for adapted in adapted_maps(recipe.model, recipe.lora):
+        linear = linears.get(adapted.linear.name)
+        # Other pipeline stages and chunks have the others.
+        if linear is None:
+            continue
+        kind = DoraAdapter if recipe.lora.dora else Adapter
+        adapter = kind(
+            adapted,
+            rank=recipe.lora.rank,
+            scale=recipe.lora.scale,
+            sequence_parallel=recipe.parallel.sequence_parallel,
+            dropout=recipe.lora.dropout,
+            seed=recipe.training.seed,
+        )
+        adapter.initialize(recipe.training.seed)
+        if isinstance(adapter, DoraAdapter):
+            adapter.bind(linear)
+        attach(linear, adapter)
 
 
 def _number_passes(model: VitaModel) -> None:

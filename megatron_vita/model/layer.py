@@ -200,15 +200,15 @@ class RecomputingLayer(TransformerLayer):
         else:
             gate, up = joined.chunk(2, dim=-1)
             activated = config.activation_func(gate) * up
+        adapter = adapter_of(mlp.linear_fc2)
         # An 8-bit product belongs to Transformer Engine, with its backward pass.
-        if config.fp8:
+        if config.fp8 or (adapter is not None and adapter.needs_output):
             return mlp.linear_fc2(activated)[0]
         # Under SP the skipped output would have been scattered along the rows.
         group = None
         if config.sequence_parallel:
             group = mlp.tp_group
         branch = without_output(activated, mlp.linear_fc2, group=group)
-        adapter = adapter_of(mlp.linear_fc2)
         if adapter is None:
             return branch
         return adapter(activated, branch)

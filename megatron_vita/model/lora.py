@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_vita.config import AdaptedMap, LinearMap, Recipe, adapted_maps
+from megatron_vita.config import AdaptedMap, LinearMap
 from megatron_vita.model.initial_weights import generator_of
 from megatron_vita.parallel import groups
 
@@ -74,6 +74,7 @@ class Adapter(nn.Module):
     """Low-rank update of one linear map on this rank."""
 
     choice: Tensor
+    needs_output = False  # backward reads the map's output
 
     def __init__(
         self,
@@ -178,12 +179,12 @@ class Adapter(nn.Module):
         return (choice[:, :, None] * rows[:, None, :]).flatten(1)
 
     def sharded_state(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Return the sharded tensors of `a` and `b`, the same at every layout."""
+        """Return the sharded tensors of the parameters, the same at every layout."""
         axes = {}
         if self.split is not None:
-            axes = {"b": 1} if self.split == "column" else {"a": 1}
+            axes = {"b": 1, "d": 1} if self.split == "column" else {"a": 1}
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            {"a": self.a, "b": self.b},
+            dict(self.named_parameters()),
             f"{self.name}.{ADAPTER}.",
             axes,
             tp_group=self.group,
@@ -213,26 +214,6 @@ def row_owners(linear: LinearMap) -> Tensor:
 def adapter_of(linear: nn.Module) -> Adapter | None:
     """Return the adapter of a linear map, if it has one."""
     return getattr(linear, ADAPTER, None)
-
-
-def add_adapters(model: nn.Module, recipe: Recipe) -> None:
-    """Add the recipe's adapters to a model chunk, initialized from `training.seed`."""
-    linears = dict(named_linears(model))
-    for adapted in adapted_maps(recipe.model, recipe.lora):
-        linear = linears.get(adapted.linear.name)
-        # Other pipeline stages and chunks have the others.
-        if linear is None:
-            continue
-        adapter = Adapter(
-            adapted,
-            rank=recipe.lora.rank,
-            scale=recipe.lora.scale,
-            sequence_parallel=recipe.parallel.sequence_parallel,
-            dropout=recipe.lora.dropout,
-            seed=recipe.training.seed,
-        )
-        adapter.initialize(recipe.training.seed)
-        attach(linear, adapter)
 
 
 def attach(linear: nn.Module, adapter: nn.Module) -> None:

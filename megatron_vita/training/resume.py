@@ -24,6 +24,7 @@ FIXED = (
     "lora.rank",
     "lora.alpha",
     "lora.rslora",
+    "lora.dora",
     "lora.targets",
 )
 

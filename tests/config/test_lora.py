@@ -130,3 +130,14 @@ def test_dropout_is_refused_where_masks_cannot_be_drawn_again(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"lora\.dropout is 0\.1.*{reason}"):
         adapted("q_proj", **{"lora.dropout": 0.1} | changes)
+
+
+def test_norms_are_refused_beside_dropout_and_8_bit_weights() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.dropout is 0\.1, but must be 0 with lora\.dora"):
+        adapted("q_proj", **{"lora.dora": True, "lora.dropout": 0.1})
+    eight_bit = {"training.fp8_recipe": "tensorwise", "training.bf16": True}
+    eight_bit |= {"parallel.attention_backend": "te"}
+    with pytest.raises(
+        ConfigError, match=r"lora\.dora is true, but training\.fp8_recipe is tensor"
+    ):
+        adapted("q_proj", **{"lora.dora": True} | eight_bit)

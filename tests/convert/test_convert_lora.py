@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -143,15 +143,20 @@ def peft_folder(case: Case, folder: Path, **fields: Any) -> PeftModel:
         "target_modules": ["q_proj", "up_proj"],
     } | fields
     model = get_peft_model(case.base_model(), LoraConfig(**wanted, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # As training would leave them: at first they are the norms.
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(torch.rand(parameter.shape) + 0.5)
     model.save_pretrained(str(folder))
     return model.eval()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_a_folder_that_peft_has_saved_gives_its_logits_here(
-    case: Case, tmp_path: Path, rslora: bool
+    case: Case, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    theirs = peft_folder(case, tmp_path / "peft", use_rslora=rslora)
+    theirs = peft_folder(case, tmp_path / "peft", **fields)
     import_adapters(tmp_path / "peft", tmp_path / "ours", base=case.folder / "base")
     opened = AdapterCheckpoint.open(tmp_path / "ours")
     ours = case.our_logits(opened.recipe, case.folder / "base", tmp_path / "ours")
@@ -161,7 +166,6 @@ def test_a_folder_that_peft_has_saved_gives_its_logits_here(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("rank_pattern", {"q_proj": 2}),
         ("modules_to_save", ["lm_head"]),
@@ -213,3 +217,35 @@ def test_a_folder_of_other_adapters_than_ours_is_refused_by_field(
     with pytest.raises(CheckpointError, match=told):
         import_adapters(folder, tmp_path / "back", base=case.folder / "base")
     assert not (tmp_path / "back").exists()
+
+
+def test_norms_of_dora_go_out_as_they_came_in_and_into_merged_weights(
+    case: Case, tmp_path: Path
+) -> None:
+    theirs = peft_folder(case, tmp_path / "peft", use_dora=True)
+    import_adapters(tmp_path / "peft", tmp_path / "ours", base=case.folder / "base")
+    export_adapters(tmp_path / "ours", tmp_path / "back")
+    before, after = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back")
+    )
+    assert before.keys() == after.keys()
+    assert sum(name.endswith("lora_magnitude_vector") for name in before) > 0
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=0, msg=name)
+    merge_adapters(tmp_path / "ours", tmp_path / "merged")
+    plain = Recipe(model=store.recipe_of(tmp_path / "merged").model)
+    assert_close(case.our_logits(plain, tmp_path / "merged"), case.their_logits(theirs))
+
+
+@pytest.mark.parametrize("left_out", ["lora_magnitude_vector", "lora_A.weight"])
+def test_a_folder_of_dora_with_a_tensor_left_out_is_refused_by_name(
+    case: Case, tmp_path: Path, left_out: str
+) -> None:
+    peft_folder(case, tmp_path / "peft", use_dora=True)
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if name.endswith(left_out))
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=gone.rpartition(".lora_")[0].replace(".", r"\.")):
+        import_adapters(tmp_path / "peft", tmp_path / "ours", base=case.folder / "base")

@@ -149,3 +149,16 @@ def test_the_fragment_for_preferences_freezes_the_reference(tmp_path: Path) -> N
     recipe = load_recipe(tmp_path / "own.yaml", ["parallel.sequence_parallel=false"])
     assert (recipe.dpo.beta, recipe.lora.rank) == (0.1, 16)
     assert trained_parameters(recipe) == whole_adapters(recipe)
+
+
+def test_dora_has_a_norm_for_each_row_and_keeps_the_outputs() -> None:
+    tokens = 1024
+    recipe = adapted(data__seq_length=tokens)
+    scaled = recipe.replaced({"lora.dora": True})
+    outputs = 3584 + 2 * 512 + 3584 + 2 * 18944 + 3584
+    assert whole_adapters(scaled) - whole_adapters(recipe) == 28 * outputs
+    split = {"parallel.tensor_model_parallel_size": 2}
+    added = stage_adapters(scaled.replaced(split), 0) - stage_adapters(recipe.replaced(split), 0)
+    assert added == 28 * ((3584 + 2 * 512) // 2 + 3584 + 18944 + 3584)
+    kept = [layer_tensors(each).kept("everything") for each in (scaled, recipe)]
+    assert kept[0] - kept[1] == 2 * tokens * outputs

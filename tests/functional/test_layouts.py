@@ -75,15 +75,17 @@ def tensors(reader: Run, folder: Path) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in reader.unwrapped_model.named_parameters()}
 
 
-def assert_equal_metrics(results: Path, layout: Layout) -> None:
+def assert_equal_metrics(results: Path, layout: Layout, *, rel: float = 1e-6) -> None:
+    """Compare the metrics of a layout; `rel` is the tolerance of the losses."""
     names = (layout.reference.name, layout.name)
     expected, actual = (json.loads((results / f"{name}.json").read_text()) for name in names)
     for before, after in zip(expected, actual, strict=True):
         for name in ("rows", "tiles", "flops"):
             assert after[name] == before[name] > 0
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+        assert after["loss"] == pytest.approx(before["loss"], rel=rel)
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5)
-        assert after["preferences"] == pytest.approx(before["preferences"], rel=1e-5, abs=1e-6)
+        # Rewards are differences of sums of some 50 nats, rounded to 1e-7 of them.
+        assert after["preferences"] == pytest.approx(before["preferences"], rel=1e-5, abs=1e-5)
 
 
 def assert_equal_gradients(

@@ -255,6 +255,7 @@ def test_the_base_is_recorded_by_a_place_that_holds_in_any_folder(
     [
         ({"lora.rank": 4}, r"lora\.rank is 3 there and 4 in the recipe"),
         ({"lora.alpha": 5.0}, r"lora\.alpha is 32\.0 there and 5\.0 in the recipe"),
+        ({"lora.dora": True}, r"lora\.dora is False there and True in the recipe"),
         ({"lora.targets": ["q_proj"]}, r"lora\.targets are .* other maps than \['q_proj'\]"),
     ],
 )

@@ -169,6 +169,10 @@ def test_adapters_of_another_base_or_part_are_refused(
     write_adapters(tmp_path / "a", recipe, base={"path": "", "stamp": ""}, matrices=zeros)
     with pytest.raises(CheckpointError, match="trained the vision_model too"):
         open_engine({"red": folders["red"], "eye": tmp_path / "a"})
+    scaled = recipe.replaced({"lora.targets": ["q_proj"], "lora.dora": True})
+    write_adapters(tmp_path / "c", scaled, base={"path": "", "stamp": ""}, matrices=zeros)
+    with pytest.raises(CheckpointError, match=r"DoRA's .*merge them \(vita convert merge-lora\)"):
+        open_engine({"red": folders["red"], "scaled": tmp_path / "c"})
     recipe = recipe.replaced({"lora.targets": ["q_proj"]})
     write_adapters(tmp_path / "b", recipe, base={"path": "", "stamp": "0" * 16}, matrices=zeros)
     with pytest.raises(CheckpointError, match="belong to another base"):

@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megatron_vita import platform
-from megatron_vita.config import Recipe, adapted_maps
-from megatron_vita.convert.families.adapters import join_adapter, split_adapter
+from megatron_vita.config import DatasetConfig, Recipe, adapted_maps
+from megatron_vita.convert.families.adapters import join_adapter, join_norms, split_adapter
 from megatron_vita.data.batch import Batch
 from megatron_vita.media.normalize import normalize
-from megatron_vita.model.lora import adapters_of
+from megatron_vita.model.dora import squared_norms
+from megatron_vita.model.lora import adapters_of, adapters_off
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.step import train_step, validate
 from tests.functional.synthetic import IGNORED, LENGTH, ROWS, VOCAB, make_pack, tiny_recipe
 from tests.model.hf_weights import copy_into, our_tensors, randomize
 
@@ -41,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "all parts": {"targets": ["*"], "alpha": 3.0},
     "tower beside": {"freeze_vision_model": False, "freeze_projector": False},
     "own rate": {"lr": 3e-3},
+    "dora": {"targets": ["*"], "alpha": 3.0, "dora": True},
+    "dora of pieces": {"targets": ["v_proj", "gate_proj", "down_proj", "key"], "dora": True},
 }  # fmt: skip
 
 
@@ -99,6 +102,7 @@ def peft_model(model: torch.nn.Module, recipe: Recipe) -> PeftModel:
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
         target_modules=names,
         init_lora_weights=False,
     )
@@ -120,7 +124,21 @@ def adapters_in(theirs: PeftModel, recipe: Recipe, *, gradients: bool = False) -
         a, b = join_adapter(adapted, matrices)
         joined[f"{adapted.linear.name}.lora.a"] = a
         joined[f"{adapted.linear.name}.lora.b"] = b
+        if recipe.lora.dora:
+            norms = {
+                name: _norms_in(parameters, in_peft(name), gradients=gradients) for name in pieces
+            }
+            joined[f"{adapted.linear.name}.lora.d"] = join_norms(adapted, norms)
     return joined
+
+
+def _norms_in(parameters: dict[str, Any], name: str, *, gradients: bool) -> Tensor:
+    """The magnitudes of PEFT's map beyond the norms of its rows, or their gradients."""
+    prefix = f"base_model.model.{name}"
+    magnitude = parameters[f"{prefix}.lora_magnitude_vector.default.weight"]
+    if gradients:
+        return magnitude.grad
+    return magnitude.detach() - parameters[f"{prefix}.base_layer.weight"].norm(dim=1)
 
 
 def packs(step: int) -> Iterator[Batch]:
@@ -198,7 +216,9 @@ def randomize_adapters(theirs: PeftModel) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
@@ -215,6 +235,26 @@ def test_new_adapters_change_nothing_and_have_the_same_numbers_at_each_call() ->
         assert not adapter.b.any()
         bound = adapter.a.shape[1] ** -0.5
         assert 0.8 * bound < adapter.a.abs().max() <= bound
+
+
+def test_a_new_adapter_with_norms_changes_nothing_in_half_precision() -> None:
+    held_out = [DatasetConfig(name="held out", shards="none")]
+    recipe = recipe_of("dora").replaced({"training.bf16": True, "data.validation": held_out})
+    run = open_run(recipe)
+    (pack,) = packs(0)
+    with_norms = validate(run, iter([pack]), num_microbatches=1)
+    with adapters_off(run.unwrapped_models):
+        assert validate(run, iter([pack]), num_microbatches=1).loss == with_norms.loss
+
+
+def test_norms_need_no_copy_of_the_weight() -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight, a, b = (
+        torch.randn(*shape, generator=generator) for shape in ((5000, 40), (6, 40), (5000, 6))
+    )
+    found = squared_norms(weight, a, b)
+    torch.testing.assert_close(found[0], weight.square().sum(1))
+    torch.testing.assert_close(found[1], (weight + b @ a).square().sum(1))
 
 
 def test_splitting_an_adapter_into_pieces_inverts_joining_them() -> None:

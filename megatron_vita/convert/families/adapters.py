@@ -35,6 +35,45 @@ def join_adapter(adapted: AdaptedMap, matrices: dict[str, Matrices]) -> Matrices
     return torch.cat([part for part, _ in chosen]), rows.view(*owners.shape, -1)
 
 
+def split_norms(adapted: AdaptedMap, norms: Tensor) -> dict[str, Tensor]:
+    """Return the values [out] of each adapted piece's rows, from those of our map [stack, rows]."""
+    linear = adapted.linear
+    owners = row_owners(linear).flatten()
+    return {linear.pieces[i].name: norms.flatten()[owners == i] for i in adapted.chosen}
+
+
+def join_norms(adapted: AdaptedMap, norms: dict[str, Tensor]) -> Tensor:
+    """Return values of rows [stack, rows] from those of each adapted piece, 0 for other rows; the
+    inverse of `split_norms`."""
+    linear = adapted.linear
+    owners = row_owners(linear)
+    joined = torch.zeros(owners.shape)
+    for i in adapted.chosen:
+        joined[owners == i] = norms[linear.pieces[i].name]
+    return joined
+
+
+def merged_weight(
+    adapted: AdaptedMap, weight: Tensor, update: Tensor, *, change: Tensor | None
+) -> Tensor:
+    """Add an update to a weight [out, in].
+
+    Args:
+        adapted: the map.
+        weight: W in fp32.
+        update: scale * B A of all rows.
+        change: what DoRA adds to the norms of W's rows [stack, rows]; None: they follow the sum.
+    """
+    merged = weight + update
+    if change is None:
+        return merged
+    norms = weight.norm(dim=1) + change.flatten()
+    gain = (norms / merged.norm(dim=1))[:, None]
+    owners = row_owners(adapted.linear).flatten()
+    has_adapter = torch.isin(owners, torch.tensor(adapted.chosen))[:, None]
+    return torch.where(has_adapter, gain * merged, merged)
+
+
 def update_of(adapted: AdaptedMap, a: Tensor, b: Tensor) -> Tensor:
     """Compute B A for the rows of the whole map [out, in], zero in those without an adapter."""
     owners = row_owners(adapted.linear).flatten()

@@ -163,6 +163,11 @@ def _load(model_base: _Base, checkpoint: Path) -> list[Adapter]:
 
 def _check(checkpoint: Path, saved: Recipe, recipe: Recipe) -> None:
     """Check that adapters are of this language model, and that nothing else was trained."""
+    if saved.lora.dora:
+        raise CheckpointError(
+            f"{checkpoint}: its adapters are DoRA's (lora.dora), whose norms cannot be mixed in a batch: merge them "
+            "(vita convert merge-lora), and serve the result"
+        )
     alone = {"text_only": True}
     store.check_model(
         checkpoint, saved=replaced(saved.model, alone), model=replaced(recipe.model, alone)
