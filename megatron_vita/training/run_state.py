@@ -149,11 +149,11 @@ def _state(run: "Run", *, loading: bool) -> dict[str, Any]:
 
 def restore(run: "Run", resume: ResumePoint) -> None:
     """Resume from a checkpoint, or load the weights that the recipe starts from. Collective."""
-    adapts = run.recipe.lora.rank > 0
-    # Checkpoints of adapters leave out the weights beside them.
-    if run.recipe.checkpoint.load and (adapts or resume.checkpoint is None):
+    # Checkpoints of adapters leave out the weights beside them. A run that is taken back has them.
+    needs_base = run.recipe.lora.rank > 0 and not run.base_stamp
+    if run.recipe.checkpoint.load and (needs_base or resume.checkpoint is None):
         _start_from(run, store.find_checkpoint(run.recipe.checkpoint.load))
-    if adapts:
+    if needs_base:
         state = store.model_state(run.unwrapped_models)
         run.base_stamp = base.stamp_of(base.base_state(state))
     if resume.checkpoint is not None:

@@ -56,7 +56,8 @@ def snapshot(run: Run) -> list[torch.Tensor]:
     found = [p.detach().clone() for model in run.unwrapped_models for p in model.parameters()]
     for part in run.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
-            found += [torch.as_tensor(value).clone() for value in state.values()]
+            # By name: a state that was loaded is in another order.
+            found += [torch.as_tensor(value).clone() for _, value in sorted(state.items())]
     return found
 
 

@@ -12,25 +12,27 @@ from megatron_vita.cli.replay import replay_run
 from megatron_vita.config import load_recipe
 from megatron_vita.errors import VitaError
 from megatron_vita.training.callbacks.replicas import ReplicaCallback
-from megatron_vita.training.loop import train
 from megatron_vita.training.step import train_step
 from tests.functional.launch import run_ranks
 from tests.functional.layout_worker import my_batches, open_layout
 from tests.functional.poison import KINDS, Poison, check_skips
-from tests.functional.rollback_runs import RULES, check_rollback
+from tests.functional.rollback_runs import check_rollback
 from tests.functional.toy_run import make_toy_run
+from tests.scale import scaled
 
-LAYOUTS: list[dict[str, Any]] = [
-    {"use_distributed_optimizer": False},
-    {"overlap_grad_reduce": True, "overlap_param_gather": True},
-    {"tensor_model_parallel_size": 2},
-    {"pipeline_model_parallel_size": 2},
-]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {"use_distributed_optimizer": False},
+    "dp2overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+}
+TRIED = scaled(["dp2", "pp2"], full=list(LAYOUTS))
+TRAINED = scaled(["tp2"], full=["dp2", "tp2", "pp2"])
 
 
-def check_layouts() -> None:
+def check_layouts(fields_of: list[dict[str, Any]]) -> None:
     """Check on each rank that it skips or stops."""
-    for fields in LAYOUTS:
+    for fields in fields_of:
         check_skips(fields, KINDS)
         run = open_layout(dict(fields), None)
         Poison(run, rank=1).spoil(**KINDS[0])
@@ -40,42 +42,25 @@ def check_layouts() -> None:
 
 
 def test_all_ranks_skip_or_stop_for_one_ranks_gradient() -> None:
-    run_ranks(check_layouts, 2)
+    run_ranks(check_layouts, 2, [LAYOUTS[name] for name in TRIED])
 
 
-def check_rollbacks(recipe_path: str, folder: str) -> None:
-    """Check on each rank that rollbacks end as they must, at layouts of two ranks."""
-    recipe = load_recipe(recipe_path)
-    for name, field in {
-        "dp2": {},
-        "tp2": {"parallel.tensor_model_parallel_size": 2},
-        "pp2": {"parallel.pipeline_model_parallel_size": 2},
-    }.items():
+def check_runs(recipe_path: str, folder: str, names: list[str]) -> None:
+    """Check on each rank that rollbacks end as they must, and what they logged is replayed."""
+    for name in names:
+        fields = {f"parallel.{field}": value for field, value in LAYOUTS[name].items()}
         place = Path(folder) / name
         place.mkdir(exist_ok=True)
-        check_rollback(recipe.replaced(field), place)
+        check_rollback(load_recipe(recipe_path).replaced(fields), place)
+        replay_run(place / "saved", 4)
 
 
-def test_all_ranks_roll_back_for_one_ranks_gradient(tmp_path: Path) -> None:
-    run_ranks(check_rollbacks, 2, str(make_toy_run(tmp_path)), str(tmp_path))
-
-
-def check_replays(recipe_path: str, folder: str) -> None:
-    """Check on each rank that a run of two ranks is replayed bit for bit."""
-    recipe = load_recipe(recipe_path).replaced(RULES)
-    for name, field in {"dp2": {}, "tp2": {"parallel.tensor_model_parallel_size": 2}}.items():
-        save = str(Path(folder) / name)
-        train(recipe.replaced(field | {"checkpoint.save": save, "training.train_iters": 3}))
-        replay_run(Path(save), 3)
-
-
-def test_a_run_of_two_ranks_is_replayed_bit_for_bit(tmp_path: Path) -> None:
-    run_ranks(check_replays, 2, str(make_toy_run(tmp_path)), str(tmp_path))
+def test_all_ranks_roll_back_for_one_ranks_gradient_and_replay_the_run(tmp_path: Path) -> None:
+    run_ranks(check_runs, 2, str(make_toy_run(tmp_path)), str(tmp_path), TRAINED)
 
 
 CASES: list[dict[str, Any]] = [
     {"use_distributed_optimizer": False},
-    {"use_distributed_optimizer": True},
     {"context_parallel_size": 3, "seq_length": 144, "document_alignment": 12},
 ]
 

@@ -24,6 +24,7 @@ from tests.functional.rollback_runs import (
     RULES,
     SIZE,
     Keeps,
+    check_rollback,
     train_spoilt,
     train_without,
 )
@@ -62,6 +63,22 @@ def test_later_weights_are_those_of_a_run_without_the_packs(
     expected = packs_of(1, 0) | packs_of(2, 4) | packs_of(3, 8)
     expected |= packs_of(4, 20) | packs_of(5, 24) | packs_of(6, 28)
     assert spoilt.packs == expected
+
+
+@pytest.mark.full("two more runs each; the rule for a distributed optimizer in fp32 is above")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"training.bf16": True},
+        {"parallel.use_distributed_optimizer": False},
+        {"lora.rank": 2, "training.freeze_language_model": True},
+    ],
+    ids=["bf16", "replicated", "lora"],
+)
+def test_every_kind_of_optimizer_state_is_restored(
+    recipe: Recipe, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    check_rollback(recipe.replaced(fields), tmp_path)
 
 
 def test_records_of_a_rolled_back_run_hold_each_step_once(
