@@ -1,5 +1,6 @@
 """Load recipes from YAML files with dotted overrides (`optimizer.lr=3e-4`)."""
 
+import contextlib
 import copy
 import re
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config.build import build
-from megatron_vita.config.named_layouts import layout_tree
+from megatron_vita.config.named_layouts import layout_tree, remove_layout, sets_whole_layout
 from megatron_vita.config.recipe import Recipe
 from megatron_vita.config.yaml_file import parse_override, read_yaml, resolved
 from megatron_vita.errors import ConfigError
@@ -68,9 +69,9 @@ def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         if (file := path.parent / base).resolve() in readers:
             raise ConfigError(f"{path}: base {base} includes this file again: a cycle")
         _merge(merged, _read_tree(file, readers))
-    parallel = tree.get("parallel")
-    if isinstance(parallel, dict):
-        _merge_layout(merged, parallel.get("layout"), where=str(path))
+    # A run's own recipe has all fields: the name says where they are from, and may be gone since.
+    if not sets_whole_layout(tree):
+        _merge_layout(merged, _layout_of(tree), where=str(path))
     _merge(merged, tree)
     return merged
 
@@ -97,20 +98,45 @@ def recipe_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
-        name, _, layout = override.partition("=")
-        if name == LAYOUT:
-            _merge_layout(tree, parse_override(layout), where=f"override {override!r}")
+        _merge_layout(tree, _layout_in(override), where=f"override {override!r}")
     # After all of a layout's fields, wherever its name stands among the overrides.
     for override in overrides:
         _apply_override(tree, override)
+        if override.startswith("parallel="):
+            # The group was replaced, and the fields of its layout with it.
+            given = tree["parallel"]
+            tree["parallel"] = layout_tree(_layout_in(override)).get("parallel", {})
+            _merge(tree, {"parallel": given})
+
+
+def _layout_in(override: str) -> Any:
+    """Name of the layout that an override gives, by itself or in its group; None if it gives none."""
+    name, _, text = override.partition("=")
+    if name == LAYOUT:
+        return parse_override(text)
+    if name == "parallel":
+        # What is wrong with the text is said where it is applied.
+        with contextlib.suppress(ConfigError):
+            return _layout_of({"parallel": parse_override(text)})
+    return None
+
+
+def _layout_of(tree: dict[str, Any]) -> Any:
+    """Name of the layout that a recipe's tree gives; None if it gives none."""
+    parallel = tree.get("parallel")
+    return parallel.get("layout") if isinstance(parallel, dict) else None
 
 
 def _merge_layout(tree: dict[str, Any], name: Any, *, where: str) -> None:
     """Replace fields of a recipe by those of a layout; `where` says who names it."""
     try:
-        _merge(tree, layout_tree(name))
+        later = layout_tree(name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if later:
+        # Not all layouts set fields of the optimizer.
+        remove_layout(tree, _layout_of(tree))
+    _merge(tree, later)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

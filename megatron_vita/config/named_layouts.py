@@ -6,6 +6,7 @@ The names and their fields are in layouts.json, which benchmarks/layouts.py writ
 import difflib
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,41 @@ Fields = dict[str, Any]
 
 @functools.cache
 def known_layouts() -> dict[str, Fields]:
-    """Read all layouts: by name, the value of each governed field by its dotted name."""
-    content = json.loads(FILE.read_text(encoding="utf-8"))
-    # Every layout sets all governed fields, so that nothing of the recipe's own layout is left.
+    """Read all layouts: by name, the values of fields by their dotted names.
+
+    Every layout sets all parallel sizes and levers of `training`, so that nothing of the recipe's own
+    is left; fields of the optimizer only where nothing fits otherwise.
+    """
+    content = _content()
     return {name: content["usual"] | changes for name, changes in content["layouts"].items()}
+
+
+@functools.cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return content
+
+
+def sets_whole_layout(tree: Fields) -> bool:
+    """Return true if a recipe's tree sets every field that all layouts set."""
+    return all(_value_at(tree, field) is not _ABSENT for field in _content()["usual"])
+
+
+def remove_layout(tree: Fields, name: Any) -> None:
+    """Remove from a recipe's tree the values that a layout has set; unknown names have set none."""
+    for field, value in known_layouts().get(str(name), {}).items():
+        if _value_at(tree, field) == value:
+            group, _, field = field.partition(".")
+            del tree[group][field]
+
+
+_ABSENT = object()
+
+
+def _value_at(tree: Fields, field: str) -> Any:
+    group, _, field = field.partition(".")
+    values = tree.get(group)
+    return values.get(field, _ABSENT) if isinstance(values, dict) else _ABSENT
 
 
 def layout_fields(name: str) -> Fields:
@@ -38,6 +70,27 @@ def layout_fields(name: str) -> Fields:
             f"parallel.layout is {name!r}, which is no layout of docs/layouts.md{hint}"
         )
     return known[name]
+
+
+def layout_changes(recipe: Any, changes: Mapping[str, Any]) -> Fields:
+    """Fields that change with the layout that changes of a recipe ask for; none if they ask for none.
+
+    What an earlier layout has set, and this one does not, gets its default again.
+
+    Raises:
+        ConfigError: as `layout_fields`.
+    """
+    name = changes.get("parallel.layout")
+    if not name:
+        return {}
+    later = layout_fields(name)
+    reset: Fields = {}
+    for field, value in known_layouts().get(recipe.parallel.layout, {}).items():
+        group, _, attribute = field.partition(".")
+        ours = getattr(recipe, group)
+        if field not in later and getattr(ours, attribute) == value:
+            reset[field] = getattr(type(ours)(), attribute)
+    return reset | later
 
 
 def layout_tree(name: Any) -> dict[str, Fields]:

@@ -14,6 +14,7 @@ from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.lora import LoraConfig, Part, adapted_maps
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.model import ModelConfig
+from megatron_vita.config.named_layouts import layout_changes
 from megatron_vita.config.numerics import NumericsConfig
 from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.parallel import ParallelConfig
@@ -65,11 +66,12 @@ class Recipe:
 
         Args:
             changes: values by dotted names; a value may be a group, as in {"text": TextConfig()}.
+                "parallel.layout" stands for the fields of a layout, as in a recipe file.
 
         Raises:
             ConfigError: an unknown field, or values that are wrong, alone or together.
         """
-        return replaced(self, changes)
+        return replaced(self, layout_changes(self, changes) | dict(changes))
 
     def with_layout(self, parallel: ParallelConfig) -> "Recipe":
         """Return a copy with another parallel layout, to serve the model with.

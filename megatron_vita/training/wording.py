@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from megatron_vita.config import Recipe
-from megatron_vita.config.named_layouts import layout_fields
+from megatron_vita.config.named_layouts import known_layouts
 
 NOT_LEVERS = {
     "training": {
@@ -47,8 +47,10 @@ def describe_named_layout(recipe: Recipe) -> str:
     name = recipe.parallel.layout
     if not name:
         return ""
+    if name not in known_layouts():
+        return f"layout {name}, which docs/layouts.md no longer has"
     changed = []
-    for field, value in layout_fields(name).items():
+    for field, value in known_layouts()[name].items():
         group, _, attribute = field.partition(".")
         ours = getattr(getattr(recipe, group), attribute)
         if ours != value:

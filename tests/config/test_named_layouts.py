@@ -1,5 +1,6 @@
 """`parallel.layout` stands for parallel sizes and memory levers, after bases and before the rest."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from megatron_vita.training.wording import describe_named_layout
 
 BASE = {
     "parallel": {"tensor_model_parallel_size": 8, "sequence_parallel": True},
-    "training": {"global_batch_size": 64, "recompute_granularity": "selective"},
+    "training": {"global_batch_size": 64, "bf16": True, "recompute_granularity": "selective"},
     "data": {"seq_length": 131072},
 }
 NAME = "7b-stage3-8x80"
@@ -57,11 +58,40 @@ def test_own_fields_and_overrides_replace_those_of_a_layout(tmp_path: Path) -> N
     assert late.parallel.tensor_model_parallel_size == 1
 
 
-def test_a_later_layout_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
-    other = "7b-stage3-16x80"
-    recipe = recipe_of(tmp_path, f"parallel.layout={other}", layout=NAME)
-    expected = known_layouts()[other]
+@pytest.mark.parametrize("way", ["as an override", "in a group", "in a later file", "by replaced"])
+def test_a_later_layout_leaves_nothing_of_an_earlier_one(way: str, tmp_path: Path) -> None:
+    lean, other = "7b-stage2-2x80", "7b-stage2-8x80"
+    both = known_layouts()[lean] | known_layouts()[other]
+    fresh = fields_of(recipe_of(tmp_path, layout=other), list(both))
+    assert any(fresh[name] != value for name, value in known_layouts()[lean].items())
+    if way == "as an override":
+        recipe = recipe_of(tmp_path, f"parallel.layout={other}", layout=lean)
+    elif way == "in a group":
+        recipe = recipe_of(tmp_path, f"parallel={{layout: {other}}}", layout=lean)
+    elif way == "in a later file":
+        recipe_of(tmp_path, layout=lean)
+        later = {"base": "own.yaml", "parallel": {"layout": other}}
+        (tmp_path / "later.yaml").write_text(yaml.safe_dump(later))
+        recipe = load_recipe(tmp_path / "later.yaml")
+    else:
+        recipe = recipe_of(tmp_path, layout=lean).replaced({"parallel.layout": other})
+    assert fields_of(recipe, list(both)) == fresh
+
+
+def test_a_group_of_overrides_may_name_a_layout(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, f"parallel={{layout: {NAME}, cp_comm_type: all_gather}}")
+    expected = known_layouts()[NAME] | {"parallel.cp_comm_type": "all_gather"}
     assert fields_of(recipe, list(expected)) == expected
+
+
+def test_a_whole_recipe_is_read_when_the_name_of_its_layout_is_gone(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, layout=NAME)
+    tree = dataclasses.asdict(recipe)
+    tree["parallel"]["layout"] = "7b-stage3-7x80"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe.replaced({"parallel": again.parallel})
+    assert describe_named_layout(again).endswith("which docs/layouts.md no longer has")
 
 
 @pytest.mark.parametrize(
