@@ -79,6 +79,14 @@ def test_the_page_names_a_layout_for_every_set_and_every_layout_is_of_a_set() ->
         assert f"`{name}`" in sets, name
 
 
+@pytest.mark.parametrize("field", ["texts", "messages", "chatml"])
+def test_a_list_of_texts_is_a_conversation_by_its_name_alone(field: str) -> None:
+    captions = ["A cat.", "A feline on a mat."]
+    for value in (captions, json.dumps(captions)):
+        with pytest.raises(DataError, match=f"{field} is a list of texts, 'A cat.' the first"):
+            sample_of({field: value, "image": "a.jpg"})
+
+
 def test_texts_in_turn_without_a_last_answer_are_refused() -> None:
     with pytest.raises(DataError, match="a list of 3 texts"):
         sample_of({"conversations": [ASKED, SAID, ASKED]})

@@ -11,7 +11,13 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from megatron_vita.data.samples.foreign_pairs import take_preference
-from megatron_vita.data.samples.foreign_turns import Chat, literal, place_media, read_chat
+from megatron_vita.data.samples.foreign_turns import (
+    Chat,
+    decode_turns,
+    literal,
+    place_media,
+    read_chat,
+)
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.media_fields import (
     FIELDS,
@@ -216,6 +222,7 @@ def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
     if chats:
         if is_filled(fields.get("history")):
             raise DataError(f"history is given beside {chats[0]}: {fields['history']!r:.80}")
+        _refuse_loose_texts(fields, chats)
         return _Turns(fields[chats[0]], set(chats))
     if name := next((name for name in CHAT_FIELDS if fields.get(name) == []), None):
         raise DataError(f"{name} is an empty list: at least one turn is needed")
@@ -229,6 +236,19 @@ def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
     if pairs:
         return _turns_of_fields(fields, *pairs[0])
     return None
+
+
+def _refuse_loose_texts(fields: Mapping[str, Any], chats: list[str]) -> None:
+    """Refuse a list of texts unless its name says that they are a conversation: it may be captions,
+    or the paragraphs of a document."""
+    turns = decode_turns(fields[chats[0]])
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+        return
+    if not set(chats) & {"conversations", "conversation"}:
+        raise DataError(
+            f"{chats[0]} is a list of texts, {turns[0]!r:.80} the first: turns with their roles are "
+            "needed; texts of the user and the assistant in turn are read from conversations"
+        )
 
 
 def _turns_of_fields(fields: Mapping[str, Any], asker: str, answerer: str) -> _Turns:
