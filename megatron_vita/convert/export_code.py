@@ -22,10 +22,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_vita.VitaProcessor",
 }
 """Classes of the modelling files, by transformers' classes that look for them."""
-_CONTEXTS = {
-    "long_vita": ("<IMG_CONTEXT>", "<PATCH_CONTEXT>", "<VID_CONTEXT>"),
-    "internvl": ("<IMG_CONTEXT>",),
-}
+_CONTEXTS = ("<IMG_CONTEXT>", "<PATCH_CONTEXT>", "<VID_CONTEXT>")
 
 
 def has_our_code(config: Mapping[str, Any]) -> bool:
@@ -47,6 +44,6 @@ def write_code(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {"auto_map": AUTO_MAP, "architectures": ["VitaForConditionalGeneration"]}
 
 
-def media_token_ids(tokenizer: Tokenizer, media_format: str) -> list[int]:
-    """Ids of the placeholders of a media format, for config.json."""
-    return [tokenizer.special_id(name) for name in _CONTEXTS[media_format]]
+def media_token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the placeholders that the modelling files write, for config.json."""
+    return [tokenizer.special_id(name) for name in _CONTEXTS]

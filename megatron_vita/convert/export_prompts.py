@@ -14,6 +14,7 @@ from megatron_vita.convert.families.generation import GENERATION, read_generatio
 from megatron_vita.convert.families.pixels import chat_tiling, processor_files
 from megatron_vita.convert.prompts import CONTEXT, NAMES, append_tokens
 from megatron_vita.convert.sidecar_files import has_tokenizer
+from megatron_vita.errors import CheckpointError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.origin import INTERNVL_SYSTEMS
@@ -60,14 +61,15 @@ def complete_folder(
         Fields that are missing in its `config`.
 
     Raises:
-        CheckpointError: transformers would give special tokens other ids than the trained ones.
+        CheckpointError: transformers would give special tokens other ids than the trained ones, or
+            the modelling files would write other placeholders.
     """
     if folder_format in (INTERNVL_HF, INTERNVL_CHAT):
         warn_of_differences(folder_format, recipe)
     fields = _media_fields(folder_format, recipe, config)
     our_code = takes_our_code(folder_format, config)
     if our_code:
-        _warn(folder_format, recipe, {"text.media_format": "long_vita"})
+        _check_media_format(recipe.text.media_format)
         fields |= write_code(folder, recipe)
     if folder_format is INTERNVL_HF:
         for name, content in processor_files(recipe.media, recipe.model.vision, folder).items():
@@ -90,7 +92,7 @@ def complete_folder(
         folder, tokenizer, folder_format=folder_format, recipe=recipe, our_code=our_code
     )
     if our_code:
-        fields["media_token_ids"] = media_token_ids(tokenizer, recipe.text.media_format)
+        fields["media_token_ids"] = media_token_ids(tokenizer)
     _complete_generation(folder, tokenizer, recipe)
     if folder_format is INTERNVL_HF:
         fields["image_token_id"] = tokenizer.special_id(CONTEXT)
@@ -107,19 +109,23 @@ def _context_length(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     return length if nested is None else {nested: language | length}
 
 
+def _check_media_format(media_format: str) -> None:
+    """Refuse a model that knows other placeholders than the modelling files write."""
+    if media_format != "long_vita":
+        raise CheckpointError(
+            f"text.media_format is {media_format!r}, but the modelling files of format long-vita "
+            "write placeholders of 'long_vita' alone: export the model's parts, by --format"
+        )
+
+
 def warn_of_differences(folder_format: FolderFormat, recipe: Recipe) -> None:
     """Warn of settings that InternVL's formats have no fields for."""
-    written = {
+    settings = {
         "text.media_format": "internvl",
         "media.tiling": "dynamic",
         "media.grids": [],
         "media.video_fit": "squash",
     }
-    _warn(folder_format, recipe, written)
-
-
-def _warn(folder_format: FolderFormat, recipe: Recipe, settings: dict[str, Any]) -> None:
-    """Warn of settings of a recipe that differ from those of a format."""
     for name, written in settings.items():
         group, field = name.split(".")
         trained = getattr(getattr(recipe, group), field)

@@ -116,7 +116,7 @@ def check_media_tokens(config: Config, prompts: Prompts) -> None:
     """Raise CheckpointError unless `media_token_ids` of one of our exports are the tokenizer's."""
     assert prompts.tokenizer is not None
     said = config.get("media_token_ids")
-    found = media_token_ids(prompts.tokenizer, prompts.text.media_format)
+    found = media_token_ids(prompts.tokenizer)
     if said != found:
         raise config.wrong("media_token_ids", f"the tokenizer has the placeholders at {found}")
 

@@ -2,6 +2,7 @@
 give our prompts, pixels, logits and answers."""
 
 import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -17,7 +19,9 @@ from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import MediaConfig, Recipe, recipe_from_dict
 from megatron_vita.convert import exporting
 from megatron_vita.convert.export_code import AUTO_MAP, FILES
+from megatron_vita.convert.export_prompts import complete_folder
 from megatron_vita.convert.exporting import export_checkpoint
+from megatron_vita.convert.families.folder_formats import LONG_VITA
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.verify import compare_logits
 from megatron_vita.errors import CheckpointError
@@ -27,7 +31,7 @@ from tests.convert.asked_of_both import (
     assert_answers_are_transformers,
     pixels_of,
 )
-from tests.convert.asked_of_transformers import WITH_MEDIA, Inputs, Question, part
+from tests.convert.asked_of_transformers import WIDE, WITH_MEDIA, Inputs, Question, part
 from tests.convert.exported_code import of_export, opened_with_code
 from tests.convert.published import TILE, change
 from tests.convert.published_models import ROWS, text_model
@@ -276,6 +280,90 @@ def test_tiles_without_their_placeholders_are_refused(exported: Exported) -> Non
         exported.model(input_ids=ids, pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="which say where their features belong"):
         exported.model(inputs_embeds=torch.zeros(1, 2, 32), pixel_values=inputs["pixel_values"])
+    with pytest.raises(ValueError, match="4 placeholders and the 0 tiles"):
+        exported.model(input_ids=ids)
+    with pytest.raises(ValueError, match="0 placeholders and the 1 tiles"):
+        exported.model(input_ids=ids[:, -1:], pixel_values=inputs["pixel_values"])
+
+
+def test_tiles_that_prompts_would_share_are_refused(exported: Exported) -> None:
+    context = exported.model.config.media_token_ids[0]
+    ids = torch.tensor([[1, 1, 1, 1, context, context], [context] * 6])
+    tiles = torch.zeros(2, 3, TILE, TILE)
+    with pytest.raises(ValueError, match=r"have \[2, 6\] placeholders: each needs a multiple of 4"):
+        exported.model(input_ids=ids, pixel_values=tiles)
+
+
+def test_a_placeholder_that_the_model_writes_needs_no_pixels(exported: Exported) -> None:
+    found = exported.model(input_ids=torch.tensor([[1, 2]]), use_cache=True)
+    written = torch.tensor([exported.model.config.media_token_ids[:1]])
+    logits = exported.model(input_ids=written, past_key_values=found.past_key_values).logits
+    assert logits.shape[1] == 1
+
+
+def test_a_model_of_other_placeholders_gets_no_code(tmp_path: Path) -> None:
+    recipe = Recipe().replaced({"text.media_format": "internvl"})
+    with pytest.raises(CheckpointError, match=r"text\.media_format is .internvl., but"):
+        complete_folder(tmp_path, folder_format=LONG_VITA, recipe=recipe, config={})
+    assert not list(tmp_path.iterdir())
+
+
+def two_prompts(exported: Exported) -> tuple[Any, torch.Tensor]:
+    """Prompts of different length with 4 tiles and 1, and last logits [2, vocabulary] of each."""
+    images = [photograph(WIDE, 1), photograph((TILE, TILE), 2)]
+    texts = ["<image>a", "<image>what is this"]
+    options = {"padding": True, "return_tensors": "pt"}
+    logits = []
+    for image, text in zip(images, texts, strict=True):
+        alone = exported.processor(images=image, text=text, **options)
+        with torch.no_grad():
+            logits.append(exported.model(**alone).logits[0, -1])
+    return exported.processor(images=images, text=texts, **options), torch.stack(logits)
+
+
+@pytest.mark.parametrize("many", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_beams_and_samples_of_a_prompt_see_its_own_tiles(
+    many: dict[str, Any], exported: Exported
+) -> None:
+    inputs, expected = two_prompts(exported)
+    found = exported.model.generate(
+        **inputs, **many, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+    )
+    assert inputs["pixel_values"].shape[0] == 5
+    assert (found.logits[0] - expected.repeat_interleave(2, dim=0)).abs().max() < 1e-5
+
+
+def test_left_padding_changes_no_logits(exported: Exported) -> None:
+    inputs, expected = two_prompts(exported)
+    with torch.no_grad():
+        logits = exported.model(**inputs).logits[:, -1]
+    assert (logits - expected).abs().max() < 1e-5
+    # Without a mask transformers finds the padding by its id.
+    mask = inputs.pop("attention_mask")
+    ids = {"pad_token_id": exported.processor.tokenizer.pad_token_id, "eos_token_id": 1}
+    found = exported.model.generate(
+        **inputs, **ids, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+    )
+    assert not mask.all()
+    assert (found.logits[0] - expected).abs().max() < 1e-5
+
+
+def test_columns_of_a_data_set_that_the_model_takes_are_named(exported: Exported) -> None:
+    # transformers' Trainer drops all others.
+    named = inspect.signature(exported.model.forward).parameters
+    columns = {"input_ids", "attention_mask", "position_ids", "pixel_values", "labels"}
+    assert columns | {"past_key_values", "num_items_in_batch"} <= named.keys()
+
+
+def test_the_loss_is_divided_by_the_items_that_the_trainer_counts(exported: Exported) -> None:
+    ids = torch.tensor([[1, 2, 3, 4]])
+    labels = torch.tensor([[1, 2, -100, 4]])
+    with torch.no_grad():
+        mean = exported.model(input_ids=ids, labels=labels)
+        divided = exported.model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(10))
+    losses = F.cross_entropy(mean.logits[0, :-1], labels[0, 1:], reduction="none")
+    torch.testing.assert_close(mean.loss, losses.sum() / 2)
+    torch.testing.assert_close(divided.loss, losses.sum() / 10)
 
 
 def test_code_of_another_author_in_a_folder_is_left_alone(

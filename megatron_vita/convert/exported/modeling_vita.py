@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_vita import VitaConfig
@@ -121,6 +121,7 @@ class VitaVisionTower(nn.Module):
 
     def __init__(self, visual: dict[str, Any]) -> None:
         super().__init__()
+        self.rows = (visual["image_size"] // visual["patch_size"] // 2) ** 2  # of a tile
         self.embeddings = VitaVisionEmbeddings(visual)
         self.encoder = VitaVisionEncoder(visual)
 
@@ -211,9 +212,13 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits [B, T, vocabulary], and the loss if `labels` are given.
@@ -221,11 +226,16 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: prompts [B, T].
             pixel_values: tiles [N, 3, S, S] of all prompts, in the order of their placeholders.
+            attention_mask: 0 for padding, of the prompts and of the tokens in the cache.
+            position_ids: positions [B, T] of the tokens.
+            past_key_values: cache of the tokens before.
             inputs_embeds: embeddings [B, T, H] instead of prompts.
             labels: ids [B, T] to predict, each at its own position; -100 for none.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or their
                 indices.
-            options: passed on to the language model (`attention_mask`, `past_key_values`, ...).
+            num_items_in_batch: number to divide the sum of losses by (transformers' Trainer gives
+                the labels of all accumulation steps); None: the labels given.
+            options: passed on to the language model (`use_cache`, ...).
 
         Raises:
             ValueError: prompts and tiles do not go together.
@@ -233,10 +243,17 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds is needed, and not both")
         if input_ids is not None:
-            inputs_embeds = self._embedded(input_ids, pixel_values)
+            prefill = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+            inputs_embeds = self._embedded(input_ids, pixel_values, prefill=prefill)
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where their features belong")
-        found = self.model(inputs_embeds=inputs_embeds, **options)
+        found = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **options,
+        )
         hidden = found.last_hidden_state
         if isinstance(logits_to_keep, int):
             logits = self.lm_head(hidden[:, -logits_to_keep:])
@@ -244,8 +261,12 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, logits_to_keep])
         loss = None
         if labels is not None:
-            rows_of_vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=rows_of_vocabulary)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -254,18 +275,62 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=found.attentions,
         )
 
-    def _embedded(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _embedded(self, input_ids: Tensor, pixel_values: Tensor | None, *, prefill: bool) -> Tensor:
         """Embed prompts, with feature rows in the place of placeholders: [B, T] -> [B, T, H]."""
         words = self.get_input_embeddings()(input_ids)
-        ids = torch.tensor(self.config.media_token_ids, device=input_ids.device)
-        places = torch.isin(input_ids, ids)
-        # Pixels may come again with the tokens after a prompt, which hold no placeholder.
-        if pixel_values is None or not places.any():
+        places = self._places(input_ids)
+        # After its prompt a model may write a placeholder itself, and pixels may come again.
+        if not prefill and (pixel_values is None or not places.any()):
+            return words
+        number = 0 if pixel_values is None else len(pixel_values)
+        self._tiles_of_prompts(places, number)
+        if pixel_values is None or number == 0:
             return words
         features = self.get_image_features(pixel_values).to(words)
-        if int(places.sum()) != features.shape[0] * features.shape[1]:
-            raise ValueError(
-                f"the prompts have {int(places.sum())} placeholders and the {len(features)} tiles "
-                f"{features.shape[1]} feature rows each: one placeholder for each row is needed"
-            )
         return words.masked_scatter(places[..., None].expand_as(words), features)
+
+    def _places(self, input_ids: Tensor) -> Tensor:
+        """Mark placeholders: [B, T] -> bool [B, T]."""
+        ids = torch.tensor(self.config.media_token_ids, device=input_ids.device)
+        return torch.isin(input_ids, ids)
+
+    def _tiles_of_prompts(self, places: Tensor, number: int) -> list[int]:
+        """Divide a number of tiles among B prompts, by their placeholders [B, T].
+
+        Raises:
+            ValueError: the placeholders are not those of as many whole tiles.
+        """
+        rows = self.model.vision_model.rows
+        counts = places.sum(dim=1).tolist()
+        if sum(counts) != number * rows:
+            raise ValueError(
+                f"the prompts have {sum(counts)} placeholders and the {number} tiles "
+                f"{rows} feature rows each: one placeholder for each row is needed"
+            )
+        if any(count % rows for count in counts):
+            raise ValueError(
+                f"the prompts have {counts} placeholders: each needs a multiple of {rows}, the "
+                "feature rows of a tile"
+            )
+        return [count // rows for count in counts]
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat each prompt with all of its tiles, once for every beam or sample of it."""
+        # transformers would repeat tile by tile, as if the first dimension were that of prompts.
+        pixels = model_kwargs.pop("pixel_values", None)
+        if pixels is not None and input_ids is not None and expand_size > 1:
+            tiles = self._tiles_of_prompts(self._places(input_ids), len(pixels))
+            parts = pixels.split(tiles)
+            pixels = torch.cat([part for part in parts for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            model_kwargs["pixel_values"] = pixels
+        return input_ids, model_kwargs
