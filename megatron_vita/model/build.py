@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_vita import platform
 from megatron_vita.config import (
     LanguageConfig,
+    LayerMemory,
     ParallelConfig,
     Recipe,
     adapted_maps,
@@ -236,6 +237,13 @@ def _number_passes(model: VitaModel) -> None:
     """Let layers number the masks of their adapters' dropout."""
     for layer in model.language_model.decoder.layers:
         layer.dropouts = tuple(adapter.dropout for _, adapter in adapters_of(layer))
+
+
+def take_rows_together(model: VitaModel) -> None:
+    """Let no layer split its rows, whatever the recipe saves in training: in serving, adapters know
+    each row by its place in the batch."""
+    for layer in model.language_model.decoder.layers:
+        layer.memory = LayerMemory()
 
 
 def _assemble_chunk(

@@ -45,18 +45,16 @@ class DoraAdapter(Adapter):
         if not self.enabled:
             return output
         (linear,) = self._linear
+        weight = linear.get_parameter("weight").detach()
+        gain = self.gain_above_one(weight.view(-1, weight.shape[-1]))
+        updated = super().forward(x, output)
+        scaled = updated
         bias = getattr(linear, "bias", None)
         # Transformer Engine's layers have an empty one where others have none.
         if bias is not None and bias.numel():
-            updated = super().forward(x, output - bias.flatten())
-            return self._scaled(updated) + bias.flatten()
-        return self._scaled(super().forward(x, output))
-
-    def _scaled(self, output: Tensor) -> Tensor:
-        (linear,) = self._linear
-        weight = linear.get_parameter("weight").detach()
-        gain = self.gain_above_one(weight.view(-1, weight.shape[-1]))
-        return torch.addcmul(output, output, gain.to(output.dtype))
+            scaled = updated - bias.flatten()
+        # Exact where the gain is 0, unlike a bias that is taken off and added again.
+        return torch.addcmul(updated, scaled, gain.to(updated.dtype))
 
     def gain_above_one(self, weight: Tensor) -> Tensor:
         """Compute what multiplies the rows of W + scale B A, minus 1 [out], 0 without an adapter.

@@ -131,11 +131,16 @@ class RecomputingLayer(TransformerLayer):
         return _RecomputedLayer.apply(hidden_states, self, context), None
 
     def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the MLP of a layer that is not recomputed as a whole, recomputing the MLP alone if
-        asked."""
-        if not (self.memory.mlp_rows and not self.memory.recompute and self._trains):
+        """Run the MLP of a layer that is not recomputed as a whole, in pieces if asked, and
+        recomputed by itself in training."""
+        if not self.memory.mlp_rows:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
-        return _RecomputedMLP.apply(hidden_states, self)
+        # The pieces of training, so that validation and a reference need no more memory than it.
+        if not torch.is_grad_enabled():
+            return self.add_mlp(hidden_states)
+        if self._trains and not self.memory.recompute:
+            return _RecomputedMLP.apply(hidden_states, self)
+        return super()._forward_mlp(hidden_states, *args, **kwargs)
 
     def begin_pass(self, number: int) -> None:
         """Set the number of the pass whose dropout masks adapters draw next."""

@@ -162,7 +162,7 @@ def _turn(message: Any, field: str) -> Turn:
     role = ROLES[message["role"]]
     content = message["content"]
     parts = merge_texts(_parts(content, f"{field}.content", literal=role == "assistant"))
-    _check_unicode(parts, f"{field}.content")
+    check_unicode(parts, f"{field}.content")
     loss = _loss(message, field, is_answer=role == "assistant")
     return Turn(role, parts, loss, listed=isinstance(content, list))
 
@@ -232,8 +232,8 @@ def merge_texts(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaP
     return merged
 
 
-def _check_unicode(parts: Sequence[TextPart | MediaPart], field: str) -> None:
-    """Raise DataError for lone surrogates, which no tokenizer can encode."""
+def check_unicode(parts: Sequence[TextPart | MediaPart], field: str) -> None:
+    """Raise DataError, naming the field, for lone surrogates, which no tokenizer can encode."""
     for part in parts:
         if isinstance(part, TextPart) and (surrogate := re.search("[\ud800-\udfff]", part.text)):
             raise DataError(

@@ -18,7 +18,8 @@ from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.documents import Document, blank_document, build_document
-from megatron_vita.data.samples.foreign import sample_of
+from megatron_vita.data.samples.foreign import PAIRS, sample_of
+from megatron_vita.data.samples.foreign_pairs import ANSWERERS
 from megatron_vita.data.samples.records import check_record, parse_record
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.reader import ShardReader
@@ -30,6 +31,7 @@ from megatron_vita.text.tokenizer_base import Tokenizer
 from tests.data.toy_data import World, clip, picture, talk, toy_recipe
 from tests.indexes import index_of, index_shard
 
+SYSTEM = {"role": "system", "content": "Be kind."}
 USER = {"role": "user", "content": "Who?"}
 GOOD = {"role": "assistant", "content": "I."}
 BAD = {"role": "assistant", "content": "Go away."}
@@ -52,6 +54,14 @@ def gpt(value: str) -> dict[str, str]:
         {"question": "Who?", "chosen": "I.", "rejected": "Go away.", "origin_dataset": "x"},
         {"instruction": "Who?", "input": "", "chosen": "I.", "rejected": "Go away."},
         {"query": "Who?", "response": "I.", "rejected_response": "Go away."},
+        {"user": "Who?", "chosen": "I.", "rejected": "Go away."},
+        {"message_1": "Who?", "chosen": "I.", "rejected": "Go away."},
+        {"input": "Who?", "chosen": "I.", "rejected": "Go away."},
+        {"prompt": json.dumps([USER]), "chosen": "I.", "rejected": "Go away."},
+        {"prompt": json.dumps([USER]), "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "Who?", "messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"messages": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"conversations": json.dumps([USER, GOOD]), "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"messages": [USER], "chosen": GOOD, "rejected": BAD},
         {"messages": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
         {"messages": [USER, GOOD], "rejected_messages": [USER, BAD]},
@@ -77,6 +87,31 @@ def test_preferences_of_others_become_a_conversation_and_a_rejected_answer(
     assert sample["messages"][1]["content"] in ("I.", [{"type": "text", "text": "I."}])
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["[12, 40, 200, 310]", '[{"bbox_2d": [1, 2, 3, 4]}]', "[Answer] A cat.", " [] ", '["I."]'],
+)
+def test_answers_that_begin_like_a_list_are_texts(answer: str) -> None:
+    for chosen, rejected in ((answer, "Go away."), ("I.", answer)):
+        for question in ({"prompt": "Who?"}, {"prompt": [USER]}, {"messages": [USER]}):
+            sample = sample_of(question | {"chosen": chosen, "rejected": rejected})
+            check_record(sample)
+            assert sample["messages"] == [USER, {"role": "assistant", "content": chosen}]
+            assert sample["rejected_response"] == rejected
+
+
+def test_a_system_prompt_beside_a_pair_comes_before_its_question() -> None:
+    record = {"system": "Be kind.", "input": "Who?", "chosen": "I.", "rejected": "Go away."}
+    sample = sample_of(record)
+    check_record(sample)
+    assert sample["messages"] == [{"role": "system", "content": "Be kind."}, USER, GOOD]
+
+
+def test_questions_of_pairs_are_those_of_other_records() -> None:
+    assert set(ANSWERERS) == {asker for asker, _ in PAIRS}
+    assert set(ANSWERERS.items()) <= set(PAIRS)
+
+
 def test_media_of_preferences_stay_with_the_question() -> None:
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Who?"}]
     asked = {"role": "user", "content": content}
@@ -100,11 +135,27 @@ def test_media_of_preferences_stay_with_the_question() -> None:
         ({"rejected_messages": [USER, BAD]}, "rejected_messages is given without messages"),
         ({"prompt": "Why?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt is 'Why.', which is no turn"),
         ({"chosen": [USER, GOOD], "rejected": [USER, USER]}, "an answer of the assistant is needed"),
-        ({"chosen": "Human: a\nAssistant: b", "rejected": "Human: a\nAssistant: c"}, r"roles are \['assistant'\]"),
+        ({"chosen": "Human: a\nAssistant: b", "rejected": "Human: a\nAssistant: c"}, "'Human: a.* an answer alone"),
+        ({"system": "Hi.", "Input": "a", "chosen": "b", "rejected": "c"}, "chosen is 'b', an answer alone"),
+        ({"chosen": [GOOD], "rejected": [BAD], "system": "Hi."}, "chosen is 'I.', an answer alone"),
+        ({"messages": [SYSTEM], "chosen": [GOOD], "rejected": [BAD]}, r"roles are \['system', 'assistant'\]"),
+        ({"messages": [USER, BAD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "messages and chosen hold different"),
+        ({"messages": [USER, GOOD], "chosen": "I.", "rejected": "No."}, "messages ends with an answer, and chosen"),
+        ({"prompt": [USER, GOOD], "chosen": "I.", "rejected": "No."}, "prompt ends with an answer, and chosen"),
+        ({"prompt": "Why?", "messages": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt is 'Why.'"),
+        (PAIR | {"images": ["a.png"], "rejected_images": ["b/a.png"]}, r"rejected_images is .* show the same media"),
+        (PAIR | {"image": "a.png", "rejected_image": {"bytes": b"x"}}, "rejected_image is .* show the same media"),
+        ({"messages": [USER, GOOD], "rejected_videos": ["a.mp4"]}, "rejected_videos is .* show the same media"),
+        ({"prompt": "Who?", "chosen": "I.", "rejected": [BAD | {"images": ["a.png"]}]}, "rejected ends with .* media"),
+        ({"prompt": "Who?", "chosen": [GOOD | {"image": "a.png"}], "rejected": "No."}, "chosen ends with .* media"),
         ({"instruction": "a", "output": "b", "chosen": "c", "rejected": "d"}, "output and chosen are both given"),
         (PAIR | {"rejected_response": ["No."]}, r"rejected_response is \['No.'\]"),
         (PAIR | {"rejected_response": 3}, "rejected_response is 3"),
         (PAIR | {"rejected_response": "I."}, "rejected_response is the chosen answer itself"),
+        (PAIR | {"messages": [SYSTEM, GOOD]}, r"roles are \['system', 'assistant'\]"),
+        (PAIR | {"messages": [USER, GOOD | {"content": " "}]}, "the text of a chosen answer is needed"),
+        (PAIR | {"messages": [USER, GOOD | {"content": []}]}, "the text of a chosen answer is needed"),
+        (PAIR | {"rejected_response": "Go \ud83d"}, "rejected_response has the lone surrogate"),
         (PAIR | {"messages": [USER, GOOD, USER]}, r"their roles are \['user', 'assistant', 'user'\]"),
         (PAIR | {"messages": [USER, GOOD, USER, GOOD | {"loss": False}]}, "messages must end with an answer"),
         ({"text": "A book.", "rejected_response": "No."}, "rejected_response is given beside a text"),
@@ -120,7 +171,8 @@ def test_preferences_that_are_no_pairs_are_refused_by_name(
 
 @pytest.mark.parametrize("empty", [None, "", [], "[]"])
 def test_empty_fields_of_preferences_count_as_absent(empty: Any) -> None:
-    record = {"messages": [USER, GOOD], "chosen": empty, "rejected_messages": empty}
+    names = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images")
+    record = {"messages": [USER, GOOD]} | dict.fromkeys(names, empty)
     assert sample_of(record) == {"messages": [USER, GOOD]}
 
 

@@ -119,6 +119,16 @@ def test_answers_of_one_prompt_keep_its_adapter(engine: Engine, folders: dict[st
     assert_same(engine.generate(asked("green")[:1], sampling=several), expected)
 
 
+def test_a_model_trained_in_pieces_is_served_in_whole_batches(
+    engine: Engine, folders: dict[str, Path]
+) -> None:
+    pieces = {"training.recompute_granularity": "full", "training.mlp_chunk_tokens": 4}
+    recipe = tiny_recipe(folders["red"].parent).replaced(pieces)
+    other = Engine(recipe, options=EngineOptions(**SMALL), adapters=folders)
+    mixed = [*asked("red")[:1], *asked("green")[:1]]
+    assert_same(*(each.generate(mixed, sampling=GREEDY) for each in (other, engine)))
+
+
 def test_the_prefix_cache_is_not_shared_between_adapters(folders: dict[str, Path]) -> None:
     engine = open_engine(folders)
     question = Prompt.ask("what color is the shape in this picture", images=[picture(3)])

@@ -13,11 +13,16 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megatron_vita import platform
 from megatron_vita.config import DatasetConfig, Recipe, adapted_maps
-from megatron_vita.convert.families.adapters import join_adapter, join_norms, split_adapter
+from megatron_vita.convert.families.adapters import (
+    join_adapter,
+    join_norms,
+    merged_weight,
+    split_adapter,
+)
 from megatron_vita.data.batch import Batch
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.dora import squared_norms
-from megatron_vita.model.lora import adapters_of, adapters_off
+from megatron_vita.model.lora import adapters_of, adapters_off, row_owners
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step, validate
@@ -241,10 +246,30 @@ def test_a_new_adapter_with_norms_changes_nothing_in_half_precision() -> None:
     held_out = [DatasetConfig(name="held out", shards="none")]
     recipe = recipe_of("dora").replaced({"training.bf16": True, "data.validation": held_out})
     run = open_run(recipe)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in run.unwrapped_model.named_parameters():
+            if name.endswith("bias"):
+                value.copy_(torch.randn(value.shape, generator=generator))
     (pack,) = packs(0)
     with_norms = validate(run, iter([pack]), num_microbatches=1)
     with adapters_off(run.unwrapped_models):
         assert validate(run, iter([pack]), num_microbatches=1).loss == with_norms.loss
+
+
+def test_rows_that_are_zero_stay_zero_in_merged_weights() -> None:
+    recipe = recipe_of("dora")
+    adapted = adapted_maps(recipe.model, recipe.lora)[0]
+    generator = torch.Generator().manual_seed(6)
+    rows = sum(piece.outputs for piece in adapted.linear.pieces)
+    weight, update = torch.randn(2, rows, adapted.linear.inputs, generator=generator)
+    weight[0] = update[0] = 0.0
+    update[1] = -weight[1]
+    change = torch.rand(row_owners(adapted.linear).shape, generator=generator)
+    merged = merged_weight(adapted, weight, update, change=change)
+    assert not merged[:2].any()
+    wanted = (weight.norm(dim=1) + change.flatten())[2:]
+    torch.testing.assert_close(merged[2:].norm(dim=1), wanted)
 
 
 def test_norms_need_no_copy_of_the_weight() -> None:

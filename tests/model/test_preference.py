@@ -124,6 +124,23 @@ def test_a_step_on_pairs_has_the_loss_and_gradients_of_the_formula(smoothing: fl
     assert metrics.loss_tokens == int((pack.labels != IGNORED).sum())
 
 
+def test_a_step_with_a_loss_that_is_no_number_is_skipped() -> None:
+    run = open_run(preferring().replaced({"numerics.nonfinite_action": "skip"}))
+    parameters = dict(run.unwrapped_model.named_parameters())
+    before = {name: value.clone() for name, value in parameters.items() if value.requires_grad}
+    weight = parameters["language_model.output_layer.weight"]
+    with torch.no_grad():
+        number = weight[5, 0].clone()
+        weight[5, 0] = torch.nan
+    metrics = train_step(run, iter([pairs_pack()]))
+    with torch.no_grad():
+        weight[5, 0] = number
+    assert metrics.skipped
+    for name, value in before.items():
+        assert torch.equal(parameters[name], value), name
+    assert not train_step(run, iter([pairs_pack()])).skipped
+
+
 def test_new_adapters_prefer_nothing() -> None:
     run = open_run(preferring())
     metrics = train_step(run, iter([replace(pairs_pack(), loss_weights=None)]))

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from megatron_vita import platform
 from megatron_vita.layout.slicing import slice_pack
@@ -22,9 +23,9 @@ IN_PIECES = {"mlp": [8, 8, 8, 8], "mlp_output": [4, 4, 4, 4]}
 FROM_PIXELS = {"recompute_vision": True, "recompute_vision_method": "tiles"}
 
 
-def count_calls(**fields: object) -> dict[str, list[int]]:
+def count_calls(*, backward: bool = True, **fields: object) -> dict[str, list[int]]:
     """Count the calls of each layer, its attention and MLP, and each layer of the tower in a
-    forward and backward pass."""
+    forward and backward pass, or in a forward pass alone."""
     platform.initialize_process()
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
@@ -48,7 +49,12 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
         batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, placements=batch.placements,
         frames=batch.frames, rows_per_tile=4, layout=groups.rank_layout(),
     )  # fmt: skip
-    model(normalize(batch.tiles, "imagenet"), pack).sum().backward()
+    tiles = normalize(batch.tiles, "imagenet")
+    if backward:
+        model(tiles, pack).sum().backward()
+    else:
+        with torch.no_grad():
+            model.eval()(tiles, pack)
     return {name: [counts[module] for module in modules] for name, modules in watched.items()}
 
 
@@ -101,3 +107,19 @@ def test_parts_run_as_often_as_the_recipe_says(
 ) -> None:
     found = count_calls(**fields)
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (FULL, ONCE),
+        (FULL | PIECES, [4, 4, 4, 4]),
+        (FULL | PIECES | {"recompute_num_layers": 1}, [4, 1, 1, 1]),
+        (SELECTIVE | PIECES | {"recompute_modules": ["mlp"]}, [4, 4, 4, 4]),
+    ],
+)
+def test_an_mlp_takes_its_pieces_without_a_backward_pass_too(
+    fields: dict, expected: list[int]
+) -> None:
+    found = count_calls(backward=False, **fields)
+    assert found["mlp"] == found["mlp_output"] == expected

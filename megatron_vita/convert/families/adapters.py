@@ -68,7 +68,9 @@ def merged_weight(
     if change is None:
         return merged
     norms = weight.norm(dim=1) + change.flatten()
-    gain = (norms / merged.norm(dim=1))[:, None]
+    # A row may be 0; the bound is that of `squared_norms` in training.
+    smallest = torch.finfo(torch.float32).tiny ** 0.5
+    gain = (norms / merged.norm(dim=1).clamp_min(smallest))[:, None]
     owners = row_owners(adapted.linear).flatten()
     has_adapter = torch.isin(owners, torch.tensor(adapted.chosen))[:, None]
     return torch.where(has_adapter, gain * merged, merged)

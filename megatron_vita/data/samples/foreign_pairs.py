@@ -8,8 +8,9 @@ conversation, as in ms-swift.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megatron_vita.data.samples.foreign_turns import decode_turns, read_chat
-from megatron_vita.data.samples.media_fields import is_filled
+from megatron_vita.data.samples.foreign_turns import ROLE_FIELDS, decode_turns, read_chat
+from megatron_vita.data.samples.json_text import parse_json
+from megatron_vita.data.samples.media_fields import has_media_fields, is_filled
 from megatron_vita.errors import DataError
 
 FIELDS = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -18,8 +19,11 @@ ANSWERERS = {
     "question": "answer",
     "query": "response",
     "instruction": "output",
+    "user": "assistant",
+    "message_1": "message_2",
+    "input": "output",
 }
-"""Fields of questions, and those of their answers."""
+"""Fields of questions, and those of their answers; the last is the rest of others' questions."""
 
 
 class Preference(NamedTuple):
@@ -38,9 +42,10 @@ def take_preference(fields: dict[str, Any], *, chats: tuple[str, ...]) -> Prefer
         chats: fields that may hold its turns.
 
     Raises:
-        DataError: naming the field: an answer is missing or no text, or the conversations of the
-            two answers differ before them.
+        DataError: naming the field: an answer is missing, is no text or has media of its own, the
+            question is missing, or the conversations of the two answers differ before them.
     """
+    _refuse_own_media(fields)
     # Tables without lists write an empty list as text.
     given = [name for name in FIELDS if is_filled(fields.get(name)) and fields[name] != "[]"]
     if not given:
@@ -52,17 +57,34 @@ def take_preference(fields: dict[str, Any], *, chats: tuple[str, ...]) -> Prefer
     if given == ["rejected_messages"]:
         if not chat:
             raise DataError("rejected_messages is given without messages, which it is compared to")
-        turns = _turns(rest[chat])
-        _check_same_question(turns, _turns(fields[given[0]]), names=(chat, given[0]))
-        return Preference(rest, _answer(_turns(fields[given[0]])[-1], given[0]))
+        turns = _chat_turns(rest[chat], chat)
+        rejected = _chat_turns(fields[given[0]], given[0])
+        _check_same_question(turns, rejected, names=(chat, given[0]))
+        _answer(turns[-1], chat)
+        return Preference(rest, _answer(rejected[-1], given[0]))
     if given != ["chosen", "rejected"]:
         raise DataError(
             f"{given[0]} is {fields[given[0]]!r:.80}, beside {given[1:] or 'no other answer'}: "
             "chosen and rejected are needed, or one of rejected_response and rejected_messages"
         )
     return _preferred(
-        rest, chat, chosen=_turns(fields["chosen"]), rejected=_turns(fields["rejected"])
+        rest,
+        chat,
+        chosen=_answer_turns(fields["chosen"]),
+        rejected=_answer_turns(fields["rejected"]),
     )
+
+
+def _refuse_own_media(fields: Mapping[str, Any]) -> None:
+    """Raise DataError, naming the field, if one of two answers has media of its own."""
+    for name, value in fields.items():
+        kind, _, rest = str(name).lower().partition("_")
+        is_own = kind in ("chosen", "rejected") and has_media_fields([rest])
+        if is_own and is_filled(value) and value != "[]":
+            raise DataError(
+                f"{name} is {value!r:.80}: both answers of a pair show the same media, those of "
+                "their question (import has --ignore)"
+            )
 
 
 def _preferred(
@@ -70,33 +92,73 @@ def _preferred(
 ) -> Preference:
     """Put a chosen answer behind its question, which `rest` or the answers themselves hold."""
     _check_same_question(chosen, rejected, names=("chosen", "rejected"))
+    answer = _answer(chosen[-1], "chosen")
     text = _answer(rejected[-1], "rejected")
     asker = next((name for name in ANSWERERS if is_filled(rest.get(name))), "")
-    if chat:
-        return Preference(rest | {chat: [*_turns(rest[chat]), *chosen]}, text)
-    if not asker:
-        return Preference(rest | {"messages": chosen}, text)
-    question = rest[asker]
     if len(chosen) > 1:
-        return Preference(_without_question(rest, asker, chosen) | {"messages": chosen}, text)
+        rest = _without_question(_without_chat(rest, chat, chosen), asker, chosen)
+        return Preference(rest | {"messages": chosen}, text)
+    if chat:
+        turns = _asking_turns(_chat_turns(rest[chat], chat), chat)
+        return Preference(rest | {chat: [*turns, *chosen]}, text)
+    if not asker:
+        raise DataError(
+            f"chosen is {answer!r:.80}, an answer alone: its question is needed, before it in "
+            f"chosen and rejected, or beside it as messages or as one of {', '.join(ANSWERERS)}"
+        )
+    question = _decoded(rest[asker])
     if not isinstance(question, str):
-        without = {name: value for name, value in rest.items() if name != asker}
-        return Preference(without | {"messages": [*_turns(question), *chosen]}, text)
+        turns = _asking_turns(_as_list(question, asker), asker)
+        return Preference(_without(rest, asker) | {"messages": [*turns, *chosen]}, text)
     answerer = ANSWERERS[asker]
     if is_filled(rest.get(answerer)):
         raise DataError(f"{answerer} and chosen are both given: one chosen answer is needed")
-    return Preference(rest | {answerer: _answer(chosen[0], "chosen")}, text)
+    return Preference(rest | {answerer: answer}, text)
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {other: value for other, value in fields.items() if other != name}
+
+
+def _without_chat(rest: dict[str, Any], chat: str, turns: list[Any]) -> dict[str, Any]:
+    """Leave out a conversation that the turns of an answer repeat, with the answer or without."""
+    if not chat:
+        return rest
+    given = read_chat(rest[chat])
+    if given not in (read_chat(turns), read_chat(turns[:-1])):
+        raise DataError(
+            f"{chat} and chosen hold different turns: those of chosen are needed in {chat}, with "
+            "its last one or without, or one of the two (import has --ignore)"
+        )
+    return _without(rest, chat)
 
 
 def _without_question(rest: dict[str, Any], asker: str, turns: list[Any]) -> dict[str, Any]:
     """Leave out a question that the turns of an answer repeat."""
-    question = rest[asker]
-    said = [message["content"] for message in read_chat(turns).messages]
-    if question not in said and _turns(question) != turns[: len(_turns(question))]:
+    if not asker:
+        return rest
+    question = _decoded(rest[asker])
+    if isinstance(question, str):
+        is_repeated = question in [message["content"] for message in read_chat(turns).messages]
+    else:
+        asked = _as_list(question, asker)
+        is_repeated = asked == turns[: len(asked)]
+    if not is_repeated:
         raise DataError(
-            f"{asker} is {question!r:.80}, which is no turn of chosen: one question is needed"
+            f"{asker} is {question!r:.80}, which is no turn of chosen: one question is needed "
+            "(import has --ignore)"
         )
-    return {name: value for name, value in rest.items() if name != asker}
+    return _without(rest, asker)
+
+
+def _asking_turns(turns: list[Any], name: str) -> list[Any]:
+    """Return turns that an answer follows; raises DataError if they end with one."""
+    if read_chat(turns).messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"{name} ends with an answer, and chosen holds another: the turns of {name} must end "
+            "with the question"
+        )
+    return turns
 
 
 def _check_same_question(chosen: list[Any], rejected: list[Any], *, names: tuple[str, str]) -> None:
@@ -107,23 +169,54 @@ def _check_same_question(chosen: list[Any], rejected: list[Any], *, names: tuple
         )
 
 
-def _turns(value: Any) -> list[Any]:
-    """Return a list of turns; a single turn, or the text of an answer, is one."""
-    value = decode_turns(value)
+def _decoded(value: Any) -> Any:
+    """Parse turns that are written as JSON text; any other value is returned as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        turns = parse_json(value)
+    except DataError:
+        return value  # "[Answer] A cat."
+    if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
+        return turns
+    return value  # an answer that is JSON itself, such as boxes
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(name in value for name in (*ROLE_FIELDS, "user"))
+
+
+def _answer_turns(value: Any) -> list[Any]:
+    """Return the turns of an answer; its text alone, or a single turn, is one."""
+    value = _decoded(value)
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
+    return _as_list(value, "an answer")
+
+
+def _chat_turns(value: Any, name: str) -> list[Any]:
+    """Return the turns of a conversation, which may be written as JSON text."""
+    return _as_list(decode_turns(value), name)
+
+
+def _as_list(value: Any, name: str) -> list[Any]:
     if isinstance(value, Mapping):
         return [value]
     if isinstance(value, list) and value:
         return value
-    raise DataError(f"{value!r:.80}: turns or text are needed")
+    raise DataError(f"{name} is {value!r:.80}: turns are needed")
 
 
 def _answer(turn: Any, name: str) -> str:
     """Return the text of an assistant's turn."""
-    messages = read_chat([turn]).messages
+    messages, media = read_chat([turn])
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise DataError(f"{name} ends with {turn!r:.80}: an answer of the assistant is needed")
+    if any(media.values()):
+        raise DataError(
+            f"{name} ends with {turn!r:.80}, which has media of its own: both answers of a pair "
+            "show the same media, those of their question"
+        )
     return _text(messages[0]["content"], name)
 
 

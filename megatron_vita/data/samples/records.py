@@ -10,7 +10,13 @@ from typing import Any
 
 from megatron_vita.errors import DataError
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.conversation import CHAT_FIELDS, TextPart, Turn, check_messages
+from megatron_vita.text.conversation import (
+    CHAT_FIELDS,
+    TextPart,
+    Turn,
+    check_messages,
+    check_unicode,
+)
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece
 
 REJECTED = "rejected_response"
@@ -95,19 +101,27 @@ def _check_rejected(record: Mapping[str, Any], turns: list[Turn]) -> None:
     """Check the rejected answer of a pair.
 
     Raises:
-        DataError: it is no text or the same as the chosen one, or the messages do not end with an
-            answer to something that is trained.
+        DataError: it is no text or the same as the chosen one, or the messages do not end with a
+            text that is trained and answers a user.
     """
     if not is_pair(record):
         return
     rejected = record[REJECTED]
     if not isinstance(rejected, str) or not rejected.strip():
         raise DataError(f"{REJECTED} is {rejected!r:.80}: the text of an answer is needed")
+    check_unicode([TextPart(rejected)], REJECTED)
     last = turns[-1]
-    if len(turns) < 2 or last.role != "assistant" or not last.loss:
+    is_asked = any(turn.role == "user" for turn in turns[:-1])
+    if not is_asked or last.role != "assistant" or not last.loss:
         raise DataError(
-            f"{REJECTED} is {rejected!r:.80}: messages must end with an answer that it is compared "
-            f"with; their roles are {[turn.role for turn in turns]}"
+            f"{REJECTED} is {rejected!r:.80}: messages must end with an answer to a user that it "
+            f"is compared with; their roles are {[turn.role for turn in turns]}"
+        )
+    texts = [part.text for part in last.parts if isinstance(part, TextPart)]
+    if len(texts) != len(last.parts) or not "".join(texts).strip():
+        raise DataError(
+            f"{REJECTED} is given, and the last of messages is {last.parts!r:.80}: the text of a chosen "
+            "answer is needed"
         )
     if last.parts == [TextPart(rejected)]:
         raise DataError(f"{REJECTED} is the chosen answer itself: {rejected!r:.80}")

@@ -35,7 +35,7 @@ from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import DECODERS
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.model.backends import TorchBackend
-from megatron_vita.model.build import build_model
+from megatron_vita.model.build import build_model, take_rows_together
 from megatron_vita.parallel import groups
 from megatron_vita.supervise.shared_memory import SharedFile
 from megatron_vita.text.vocabulary import check_ids, open_tokenizer
@@ -77,6 +77,7 @@ class Engine:
         if not self.encoder.text_only:
             decode_pool.start()
         self.model = build_model(recipe, backend=TorchBackend()).eval()
+        take_rows_together(self.model)
         if checkpoint is not None:
             store.load_weights([self.model], checkpoint)
             logger.info("weights from %s", checkpoint)
