@@ -274,7 +274,7 @@ def inspect(
         Path | None,
         typer.Option(
             help="Show this report of a step that was skipped or stopped the run, "
-            "RUN/faults/step_N.json, and its worst pack; RECIPE is RUN/recipe.yaml."
+            "RUN/faults/step_N_pack_P.json, and its worst pack; RECIPE is RUN/recipe.yaml."
         ),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,

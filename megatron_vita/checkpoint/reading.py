@@ -3,7 +3,7 @@
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,18 +30,24 @@ from megatron_vita.platform.saving import reading_with
 
 
 def load_state(
-    checkpoint: Path, state: dict[str, Any], *, manifest: dict[str, Any]
+    checkpoint: Path,
+    state: dict[str, Any],
+    *,
+    manifest: dict[str, Any],
+    on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fill a sharded `state` from a checkpoint written by any layout. Collective.
 
     Ranks that hold the same shard divide the reading among them.
+
+    on_progress: called for each tensor that this rank reads.
 
     Raises:
         DamagedCheckpointError: on all ranks, if the bytes that one of them reads are not those
             that were written.
         CheckpointError: on all ranks, if it does not hold what is asked for.
     """
-    reader = CheckedReader(checkpoint, manifest.get(FILES, {}))
+    reader = CheckedReader(checkpoint, manifest.get(FILES, {}), on_progress=on_progress)
     replicas = groups.data_parallel_group(with_context_parallel=True)
     # A state may ask for less than the checkpoint holds (weights without optimizer, a language
     # model without tower), but not for more.
@@ -67,11 +73,19 @@ class CheckedReader(FileSystemReader):
     Args:
         folder: the checkpoint.
         files: spans of each file; one that is missing here is read as it is.
+        on_progress: called for each tensor.
     """
 
-    def __init__(self, folder: Path, files: dict[str, list[Span]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: dict[str, list[Span]],
+        *,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(folder)
         self.folder = folder
+        self._on_progress = on_progress
         self._spans = {
             name: {(offset, length): (offset, length, checksum) for offset, length, checksum in of}
             for name, of in files.items()
@@ -101,6 +115,7 @@ class CheckedReader(FileSystemReader):
         return super().read_data(plan, cast(LoadPlanner, _CheckingPlanner(planner)))
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        self._on_progress()
         span = self._spans.get(sinfo.relative_path, {}).get((sinfo.offset, sinfo.length))
         if span is None:
             return super()._slice_file(file, sinfo)

@@ -114,9 +114,20 @@ def remove(checkpoint: Path) -> None:
 
     The rename first: a kill must not leave half of it under its name.
     """
-    hidden = checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}.incomplete")
     try:
-        checkpoint.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hide(checkpoint))
     except OSError as error:
         logger.warning("%s: cannot be removed: %s", checkpoint, error)
+
+
+def hide(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that no run resumes from it; the next save to its folder deletes it.
+
+    Returns:
+        Its new path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    hidden = checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}.incomplete")
+    return checkpoint.rename(hidden)

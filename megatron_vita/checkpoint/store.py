@@ -209,14 +209,19 @@ def recipe_of(checkpoint: Path) -> Recipe:
     return recipe_from_dict(manifest["recipe"])
 
 
-def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
+def load_state(
+    checkpoint: Path, state: dict[str, Any], *, on_progress: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Fill a sharded `state` from a checkpoint written by any layout. Collective.
+
+    on_progress: called for each tensor that this rank reads.
 
     Raises:
         DamagedCheckpointError: on all ranks, if what is read is not what was written.
         CheckpointError: on all ranks, if the checkpoint does not hold what is asked for.
     """
-    return reading.load_state(checkpoint, state, manifest=read_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    return reading.load_state(checkpoint, state, manifest=manifest, on_progress=on_progress)
 
 
 def model_state(chunks: list[VitaModel]) -> dict[str, Any]:

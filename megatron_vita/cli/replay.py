@@ -6,7 +6,6 @@ many ranks are needed as the run had: python -m megatron_vita.launch --standalon
 """
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +15,10 @@ from megatron_vita.config.run_files import RECIPE
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.report.reading import Row, RunRecord, read_run
 from megatron_vita.supervise.rank_failure import report_failure
+from megatron_vita.training.run_folder import earlier_ends, earlier_recipe
 
 if TYPE_CHECKING:
     from megatron_vita.training.replay import LoggedStep
-
-_EARLIER = re.compile(r"recipe_until_step_(\d+)\.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class ReplayedRun:
         """
         place = f"{self.record.folder}: steps {first} to {self.step}"
         changes = [
-            until for until in _earlier_recipes(self.record.folder) if first <= until < self.step
+            until for until in earlier_ends(self.record.folder) if first <= until < self.step
         ]
         if changes:
             raise ConfigError(
@@ -66,23 +64,18 @@ def read_replayed(folder: Path, step: int) -> ReplayedRun:
         ConfigError: the run has not logged the step.
     """
     record = read_run(folder)
-    if step not in record.steps:
-        known = f"steps {min(record.steps)} to {max(record.steps)}" if record.steps else "no step"
+    logged = _rows(record)
+    if step not in logged:
+        known = f"steps {min(logged)} to {max(logged)}" if logged else "no step"
         raise ConfigError(f"--step is {step}: {folder} has logged {known}")
-    until = min((end for end in _earlier_recipes(folder) if end >= step), default=None)
-    name = RECIPE if until is None else f"recipe_until_step_{until:08d}.yaml"
-    recipe = load_recipe(folder / name)
+    until = min((end for end in earlier_ends(folder) if end >= step), default=None)
+    path = folder / RECIPE if until is None else earlier_recipe(folder, until)
+    recipe = load_recipe(path)
     if not recipe.checkpoint.save:
-        raise ConfigError(f"{folder / name}: checkpoint.save is empty: the run has saved nothing")
+        raise ConfigError(f"{path}: checkpoint.save is empty: the run has saved nothing")
     # The folder may have been moved since.
     checkpoints = Path(recipe.checkpoint.save) if recipe.training.run_dir else folder
     return ReplayedRun(record=record, recipe=recipe, checkpoints=checkpoints, step=step)
-
-
-def _earlier_recipes(folder: Path) -> list[int]:
-    """Return the last steps of earlier recipes of a run, in ascending order."""
-    matches = (_EARLIER.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
 
 
 def replay_run(folder: Path, step: int) -> None:
@@ -100,10 +93,15 @@ def replay_run(folder: Path, step: int) -> None:
     run = open_replay(replayed.recipe, replayed.checkpoints, step=step)
     first = run.step + 1
     replayed.check(first, ranks=dist.get_world_size())
-    logged = {number: _logged(row) for number, row in replayed.record.steps.items()}
+    logged = {number: _logged(row) for number, row in _rows(replayed.record).items()}
     if differing := replay(run, logged, step=step):
         listed = ", ".join(map(str, differing))
         raise VitaError(f"{folder}: steps {first} to {step} were replayed; not as logged: {listed}")
+
+
+def _rows(record: RunRecord) -> dict[int, Row]:
+    """Return the rows with the numbers of each step, also of one that has stopped the run."""
+    return record.faults | record.steps
 
 
 def _logged(row: Row) -> "LoggedStep":

@@ -282,6 +282,12 @@ def _check_checkpoints(recipe: "Recipe") -> None:
         not recipe.numerics.may_roll_back or checkpoint.save != "",
         "a rule of numerics is rollback, which needs checkpoint.save, a folder",
     )
+    # The store would keep checkpoints of steps that are taken back, and not what is left out.
+    require(
+        not recipe.numerics.may_roll_back or checkpoint.mirror == "",
+        f"a rule of numerics is rollback, which checkpoint.mirror {checkpoint.mirror} cannot follow: choose skip or "
+        "stop, or leave checkpoint.mirror empty",
+    )
     # Nothing would have a score, and nothing would be kept for it.
     require(
         not checkpoint.keep_best

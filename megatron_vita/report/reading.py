@@ -34,6 +34,7 @@ class RunRecord:
     name: str
     folder: Path
     steps: dict[int, Row]
+    faults: dict[int, Row]  # by step; those that a rule has stopped the run for are no steps
     validations: dict[int, Row]
     segments: list[Segment]
     recipe: Row
@@ -73,13 +74,14 @@ def read_run(folder: Path) -> RunRecord:
         ) from error
     if not rows:
         raise DataError(f"{path}: no whole line in it yet")
-    steps, validations, segments = _replay(rows)
+    steps, faults, validations, segments = _replay(rows)
     recipe = folder / RECIPE
     # Two parts, since folders of runs are often named alike, such as checkpoints.
     return RunRecord(
         name="/".join(folder.resolve().parts[-2:]),
         folder=folder,
         steps=steps,
+        faults=faults,
         validations=validations,
         segments=segments,
         recipe=resolved(read_yaml(recipe, what="recipe")) if recipe.exists() else {},
@@ -106,9 +108,13 @@ def _parse(lines: Iterable[bytes]) -> Iterator[Row]:
             yield row
 
 
-def _replay(rows: list[Row]) -> tuple[dict[int, Row], dict[int, Row], list[Segment]]:
-    """Steps, validations and segments. A start or rollback takes back what came after its step."""
+def _replay(
+    rows: list[Row],
+) -> tuple[dict[int, Row], dict[int, Row], dict[int, Row], list[Segment]]:
+    """Steps, faults, validations and segments. A start or rollback takes back what came after its
+    step."""
     steps: dict[int, Row] = {}
+    faults: dict[int, Row] = {}
     validations: dict[int, Row] = {}
     segments: list[Segment] = []
     for row in rows:
@@ -118,7 +124,7 @@ def _replay(rows: list[Row]) -> tuple[dict[int, Row], dict[int, Row], list[Segme
             segments.append(_begin(row, step, segments))
         if event in ("start", "rollback"):
             # These steps were done again, or never counted.
-            for known in (steps, validations):
+            for known in (steps, faults, validations):
                 for later in [number for number in known if number > step]:
                     del known[later]
         segment = segments[-1]
@@ -126,12 +132,14 @@ def _replay(rows: list[Row]) -> tuple[dict[int, Row], dict[int, Row], list[Segme
         if event == "step":
             steps[step] = row
             segment.last = step
+        elif event == "fault":
+            faults[step] = row
         elif event == "validation":
             validations[step] = row
         elif event in _ENDS:
             segment.end = _ENDS[event]
             segment.error = row.get("error", "")
-    return steps, validations, segments
+    return steps, faults, validations, segments
 
 
 _ENDS = {"stop": "stopped", "error": "error", "end": "done"}

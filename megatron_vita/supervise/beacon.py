@@ -26,7 +26,7 @@ from megatron_vita.supervise.rank_failure import end_hung
 
 Phase = Literal[
     "starting", "loading", "forward", "backward", "optimizer", "metrics", "validation", "saving",
-    "callbacks",
+    "callbacks", "restoring",
 ]  # fmt: skip
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks to its stack file, also while native code holds the interpreter."""

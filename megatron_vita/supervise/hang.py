@@ -15,6 +15,7 @@ _DOING = {
     "starting": "has not begun its first step",
     "loading": "waits for its loader: samples or their file system do not answer",
     "saving": "saves: the file system of the checkpoints does not answer",
+    "restoring": "restores a checkpoint: the file system of the checkpoints does not answer",
 }
 
 

@@ -229,14 +229,27 @@ class FinalBatches(Iterator[Batch]):
 
     def close_together(self) -> None:
         """Close on all ranks after the same pack, so that none waits for the others in the
-        agreement on one that they do not come to. Collective."""
+        agreement on one that they do not come to. Collective.
+
+        Raises:
+            Exception: the thread's, if it has failed: the other ranks wait for its packs.
+        """
         with self._gate:
             begun = torch.tensor(self._begun, device=platform.device())
             dist.all_reduce(begun, op=dist.ReduceOp.MAX)
             self._last = begun.item()
         while self._thread.is_alive():
-            with suppress(queue.Empty):
-                self._queue.get(timeout=0.05)
+            self._drain()
+        # What the thread has put at last is still there.
+        self._drain()
+
+    def _drain(self) -> None:
+        """Drop a pack that waits; raise an error that does."""
+        with suppress(queue.Empty):
+            item = self._queue.get(timeout=0.05)
+            if not isinstance(item, Batch | StopIteration):
+                self._queue.put(item)  # for further calls
+                raise item
 
     def _begin(self) -> bool:
         """Tell whether another pack is to be finished, and count it."""

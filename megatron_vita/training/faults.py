@@ -20,6 +20,7 @@ from megatron_vita.files import atomic_write
 from megatron_vita.training.guard import Action, Fault
 
 if TYPE_CHECKING:
+    from megatron_vita.training.metrics import StepMetrics
     from megatron_vita.training.run import Run
 
 FORMAT_VERSION = 1
@@ -50,14 +51,22 @@ class FaultyPack:
 class FaultReport:
     """A faulty step, the same on all ranks.
 
-    gradients: largest magnitudes by rank and parameter, those that are not finite first.
+    loss, grad_norm: as the step would log them.
+    gradients: largest magnitudes by rank and parameter, those that are not finite first, as the
+        rank's buffer holds them. With a distributed optimizer, sums over all ranks are in the part
+        of which the rank has the optimizer's state; elsewhere the rank's own gradients.
+    are_clipped: they were multiplied by the factor that brings their norm to
+        `optimizer.clip_grad`, which is 0 for an infinite norm.
     """
 
     step: int
     reason: str
     action: Action
+    loss: float
+    grad_norm: float
     packs: list[FaultyPack]
     gradients: dict[str, dict[str, float]]
+    are_clipped: bool
 
     @property
     def worst(self) -> FaultyPack:
@@ -73,10 +82,13 @@ class FaultReport:
         )
 
 
-def report_fault(run: "Run", fault: Fault, losses: Sequence[PackLoss]) -> FaultReport:
+def report_fault(
+    run: "Run", fault: Fault, losses: Sequence[PackLoss], *, metrics: "StepMetrics"
+) -> FaultReport:
     """Gather what the ranks know of the step that has just been computed. Collective.
 
     losses: of the packs, on the ranks that compute them.
+    metrics: of the step.
     """
     mine = {
         "losses": [(pack, float(loss), rows) for pack, loss, rows in losses],
@@ -89,11 +101,14 @@ def report_fault(run: "Run", fault: Fault, losses: Sequence[PackLoss]) -> FaultR
         known_loss, known_rows = sums.get(pack, (0.0, 0))
         sums[pack] = (known_loss + loss, known_rows + rows)
     return FaultReport(
-        step=run.step + 1,
+        step=metrics.step,
         reason=fault.reason,
         action=fault.action,
+        loss=metrics.loss,
+        grad_norm=metrics.grad_norm,
         packs=[_faulty_pack(run, pack, *sums[pack]) for pack in sorted(sums)],
         gradients={f"rank {rank}": theirs["gradients"] for rank, theirs in enumerate(gathered)},
+        are_clipped=run.recipe.optimizer.clip_grad > 0,
     )
 
 
@@ -110,7 +125,8 @@ def _largest_gradients(run: "Run") -> dict[str, float]:
         for name, parameter in chunk.module.named_parameters():
             gradient = getattr(parameter, "main_grad", None)
             if gradient is not None:
-                found[f"{place}{name}"] = gradient.abs().max().float()
+                low, high = gradient.aminmax()  # without a copy of them, unlike abs()
+                found[f"{place}{name}"] = torch.maximum(-low, high).float()
     if not found:
         return {}
     # In one copy: each one from the device waits for it.
@@ -124,14 +140,17 @@ def _badness(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def dump_path(folder: Path, step: int) -> Path:
-    """Return the file of a faulty step's report in a run's folder."""
-    return folder / FAULTS / f"step_{step:08d}.json"
+def dump_path(folder: Path, step: int, *, pack: int) -> Path:
+    """Return the file of a faulty step's report in a run's folder.
+
+    pack: the step's first, from 1: after a rollback, the step has other packs.
+    """
+    return folder / FAULTS / f"step_{step:08d}_pack_{pack}.json"
 
 
 def write_dump(report: FaultReport, folder: Path) -> Path:
     """Write a report to a run's folder for `vita data inspect --fault`, and return its path."""
-    path = dump_path(folder, report.step)
+    path = dump_path(folder, report.step, pack=report.packs[0].pack)
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = str((folder / RECIPE).absolute())
     head = {"format_version": FORMAT_VERSION, "time": time.time(), "recipe": recipe}
@@ -159,12 +178,15 @@ def read_dump(path: Path) -> FaultReport:
             step=found["step"],
             reason=found["reason"],
             action=found["action"],
+            loss=float(found["loss"]),
+            grad_norm=float(found["grad_norm"]),
             packs=packs,
             gradients=gradients,
+            are_clipped=found["are_clipped"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not a report of a faulty step, RUN/{FAULTS}/step_N.json: {error}"
+            f"{path}: not a report of a faulty step, RUN/{FAULTS}/step_N_pack_P.json: {error}"
         ) from error
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")

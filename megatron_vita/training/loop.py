@@ -10,14 +10,14 @@ from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.errors import StoppedError
 from megatron_vita.supervise.last_words import keep_last_words
-from megatron_vita.training.batches import train_batches
+from megatron_vita.training.batches import FinalBatches, train_batches
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.callbacks.build import build_hooks
 from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.importing import import_callbacks
 from megatron_vita.training.callbacks.optional import check_packages
 from megatron_vita.training.header import describe_run
-from megatron_vita.training.rollback import roll_back
+from megatron_vita.training.rollback import restore, take_back
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.run_folder import RunLog
 from megatron_vita.training.step import train_step
@@ -69,22 +69,42 @@ def _loop(run: Run, hooks: Hooks) -> None:
             hooks.call("before_step")
             metrics = train_step(run, batches)
             if metrics.rolls_back:
-                batches.close_together()
-                roll_back(run)
+                batches = _roll_back(run, batches, stops=metrics.stops)
                 hooks.call("on_rollback", metrics.step)
-                batches = train_batches(run)
                 continue
             hooks.after_step(metrics)
             if metrics.stops and run.step < steps:
                 raise StoppedError(_stop_message(run))
 
 
+def _roll_back(run: Run, batches: FinalBatches, *, stops: bool) -> FinalBatches:
+    """Return to an earlier step, and begin to read the packs that follow. Collective.
+
+    Raises:
+        StoppedError: the run was told to stop; it resumes at the earlier step.
+    """
+    batches.close_together()
+    faulty = run.step + 1
+    resume = take_back(run)
+    # Who stops a run may not wait for a restore.
+    if stops:
+        raise StoppedError(
+            f"told to stop ({_stop_reason(run)}) in step {faulty} of {run.recipe.training.train_iters}, which is "
+            f"rolled back to step {resume.step}: run the same command to resume"
+        )
+    restore(run, resume)
+    return train_batches(run)
+
+
 def _stop_message(run: Run) -> str:
     outcome = "nothing is saved: set checkpoint.save"
     if run.recipe.checkpoint.save:
         outcome = "saved; run the same command to resume"
-    reason = run.stop.received or run.stop_reason or "another rank was"
     return (
-        f"told to stop ({reason}) after step {run.step} of "
+        f"told to stop ({_stop_reason(run)}) after step {run.step} of "
         f"{run.recipe.training.train_iters}: {outcome}"
     )
+
+
+def _stop_reason(run: Run) -> str:
+    return run.stop.received or run.stop_reason or "another rank was"

@@ -120,7 +120,8 @@ class Run:
     @property
     def next_pack(self) -> int:
         """The first pack of the next step."""
-        return self.skipped.next_first(self.consumed_packs)
+        size = self.recipe.training.global_batch_size
+        return self.skipped.next_first(self.consumed_packs, size=size)
 
     @property
     def unwrapped_models(self) -> list[VitaModel]:

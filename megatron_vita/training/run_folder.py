@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.config.run_files import ENVIRONMENT, LOG, RECIPE
 from megatron_vita.files import cut_torn_line
 
+_EARLIER = re.compile(r"recipe_until_step_(\d+)\.yaml")
 logger = logging.getLogger(__name__)
 
 
@@ -24,6 +26,7 @@ def note_start(folder: Path, recipe: Recipe, *, step: int, environment: dict[str
     The recipe of an earlier start is kept beside it where it differs, named by the step that it was
     used until.
     """
+    take_back_recipes(folder, step)
     _write_recipe(folder, recipe, step)
     append_line(folder / ENVIRONMENT, {"time": time.time(), "step": step} | environment)
 
@@ -34,8 +37,37 @@ def _write_recipe(folder: Path, recipe: Recipe, step: int) -> None:
     if path.exists():
         if path.read_text(encoding="utf-8") == text:
             return
-        path.replace(folder / f"recipe_until_step_{step:08d}.yaml")
+        until = earlier_recipe(folder, step)
+        # If there is one, this recipe's steps are all taken back.
+        if not until.exists():
+            path.replace(until)
     path.write_text(text, encoding="utf-8")
+
+
+def take_back_recipes(folder: Path, step: int) -> None:
+    """Let the recipes of earlier starts end with `step`, after which all steps are done again.
+
+    Of those that were used until a later one, the first was used until there; others only after.
+    """
+    for end in earlier_ends(folder):
+        path = earlier_recipe(folder, end)
+        if end <= step:
+            continue
+        if earlier_recipe(folder, step).exists():
+            path.unlink()
+        else:
+            path.rename(earlier_recipe(folder, step))
+
+
+def earlier_recipe(folder: Path, end: int) -> Path:
+    """Return the file of the recipe that a run had until step `end`, before it was changed."""
+    return folder / f"recipe_until_step_{end:08d}.yaml"
+
+
+def earlier_ends(folder: Path) -> list[int]:
+    """Return the last steps of a run's earlier recipes, in ascending order."""
+    matches = (_EARLIER.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

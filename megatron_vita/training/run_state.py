@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,9 @@ def _resume(run: "Run", resume: ResumePoint, checkpoint: Path) -> None:
     if run.recipe.lora.rank:
         path = run.recipe.checkpoint.load
         base.check_base(checkpoint, resume.base, stamp=run.base_stamp, path=path)
-    state = store.load_state(checkpoint, _state(run, loading=True))
+    on_progress = partial(run.enter, "restoring")
+    state = store.load_state(checkpoint, _state(run, loading=True), on_progress=on_progress)
+    on_progress()
     store.set_model_state(run.unwrapped_models, state["model"])
     try:
         optimizer_state.load(

@@ -23,39 +23,50 @@ class SkippedRange(NamedTuple):
 
 
 class SkippedPacks:
-    """The ranges of a run. One is left out when the run comes to its first pack."""
+    """The ranges of a run, each of which counts once however often it was noted."""
 
     def __init__(self, ranges: Iterable[SkippedRange] = ()) -> None:
-        self._stops: dict[int, int] = {}
-        self._count = 0
+        self._ranges: list[SkippedRange] = []
         for skipped in ranges:
             self.add(skipped)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ranges)
 
     def add(self, skipped: SkippedRange) -> None:
-        """Leave out another range."""
-        self._count += 1
-        self._stops[skipped.start] = max(skipped.stop, self._stops.get(skipped.start, 0))
+        """Leave out another range.
 
-    def next_first(self, consumed: int) -> int:
-        """Return the first pack of the step that follows once `consumed` packs are done with."""
-        while consumed in self._stops:
-            consumed = self._stops[consumed]
+        Raises:
+            ValueError: there is no pack in it.
+        """
+        if not 0 <= skipped.start < skipped.stop:
+            raise ValueError(f"packs {skipped.start} up to {skipped.stop} are none")
+        if skipped not in self._ranges:
+            self._ranges.append(skipped)
+            self._ranges.sort(key=lambda known: known.start)
+
+    def next_first(self, consumed: int, *, size: int) -> int:
+        """Return the first pack of the step that follows once `consumed` packs are done with.
+
+        size: packs of a step. One that would have a pack of a range begins after it; if the batch
+            size has changed since, up to `size` - 1 packs before the range are left out, too.
+        """
+        for _, start, stop in self._ranges:
+            if consumed < stop and start < consumed + size:
+                consumed = stop
         return consumed
 
     def consumed_after(self, consumed: int, *, steps: int, size: int) -> int:
         """Return the packs that are done with after `steps` more steps of `size` packs."""
         for _ in range(steps):
-            consumed = self.next_first(consumed) + size
+            consumed = self.next_first(consumed, size=size) + size
         return consumed
 
     def firsts(self, consumed: int, *, steps: int, size: int) -> list[int]:
         """Return the first pack of each of the `steps` steps of `size` packs that follow."""
         found = []
         for _ in range(steps):
-            found.append(self.next_first(consumed))
+            found.append(self.next_first(consumed, size=size))
             consumed = found[-1] + size
         return found
 

@@ -70,7 +70,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     if not run.guard.may_skip:
         fault = run.guard.judge(metrics.loss, metrics.grad_norm)
     if fault is not None:
-        action = _react(context, fault)
+        action = _react(context, fault, metrics)
         metrics.skipped = action == "skip"
         metrics.rolls_back = action == "rollback"
     if metrics.rolls_back:
@@ -100,7 +100,7 @@ def _update(run: Run, losses: LossSums) -> Fault | None:
     return fault
 
 
-def _react(context: "StepContext", fault: Fault) -> Action:
+def _react(context: "StepContext", fault: Fault, metrics: StepMetrics) -> Action:
     """Report a faulty step to the callbacks and the log. Collective.
 
     Returns:
@@ -113,7 +113,7 @@ def _react(context: "StepContext", fault: Fault) -> Action:
     if fault.action == "rollback" and len(context.run.skipped) >= most:
         reason = f"{fault.reason}, after {most} rollbacks (numerics.max_rollbacks)"
         fault = Fault(reason=reason, action="stop")
-    report = report_fault(context.run, fault, context.pack_losses)
+    report = report_fault(context.run, fault, context.pack_losses, metrics=metrics)
     if context.hooks is not None:
         context.hooks.call("on_fault", report)
     if fault.action == "stop":

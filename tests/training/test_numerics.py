@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from data_tools.cli import app
 from megatron_vita import platform
+from megatron_vita.cli.replay import replay_run
 from megatron_vita.config import NumericsConfig, load_recipe
 from megatron_vita.errors import DataError, VitaError
 from megatron_vita.training.callbacks import Callback
@@ -191,7 +192,7 @@ def test_the_dump_names_the_pack_and_inspect_shows_it(
 ) -> None:
     folder, finder = skipped
     (pack,) = finder.found
-    dump = folder / "faults" / "step_00000002.json"
+    dump = folder / "faults" / "step_00000002_pack_5.json"
     report = read_dump(dump)
     assert report.worst.pack == pack
     assert [math.isnan(found.loss) for found in report.packs] == [
@@ -237,3 +238,25 @@ def test_a_run_that_stops_for_a_spike_completes_the_save_of_the_step_before(
     with pytest.raises(VitaError, match=r"step 3: .*norm .*, above .* packs 9 "):
         train(load_recipe(recipe_path, fields), callbacks=[Spoils(step=3, factor=1e6)])
     assert (tmp_path / "latest").read_text() == "step_00000002"
+
+
+def test_the_step_that_stopped_a_run_is_replayed(recipe_path: Path, tmp_path: Path) -> None:
+    fields = [
+        *FAST,
+        "numerics.spike_action=stop",
+        "numerics.rolling_interval_length=2",
+        "numerics.sigma_factor=1",
+        "optimizer.lr=1",
+        "optimizer.lr_warmup_fraction=0",
+        f"checkpoint.save={tmp_path}",
+        "checkpoint.save_interval=2",
+    ]
+    with pytest.raises(VitaError, match=r"step 3: .*, above .* packs 9 "):
+        train(load_recipe(recipe_path, fields))
+    replay_run(tmp_path, 3)
+    path = tmp_path / "metrics.jsonl"
+    (event,) = rows_of(tmp_path, "fault")
+    changed = json.dumps(event | {"train/loss": math.nextafter(event["train/loss"], 0.0)})
+    path.write_text(path.read_text().replace(json.dumps(event), changed))
+    with pytest.raises(VitaError, match=r"steps 3 to 3 were replayed; not as logged: 3$"):
+        replay_run(tmp_path, 3)

@@ -27,7 +27,7 @@ from megatron_vita.training import environment, pace
 from megatron_vita.training.callbacks import Callback, optional
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog
+from megatron_vita.training.run_folder import RunLog, note_start, take_back_recipes
 from tests.functional.toy_run import QUICK
 
 
@@ -372,3 +372,25 @@ def test_the_page_of_a_run_shows_packs_that_it_has_seen(restarted: Path, tmp_pat
     for step, pack in ((1, 1), (2, 5), (3, 9), (4, 13)):  # four packs a step
         assert f"step {step}, pack {pack}<" in page
     assert "error: callback " in page
+
+
+def test_recipes_of_steps_that_are_taken_back_end_there(recipe_path: Path, tmp_path: Path) -> None:
+    def recipes() -> dict[str, float]:
+        return {path.stem: load_recipe(path).optimizer.lr for path in tmp_path.glob("*.yaml")}
+
+    def start(lr: float, *, step: int) -> None:
+        recipe = load_recipe(recipe_path, [*QUICK, f"optimizer.lr={lr}"])
+        note_start(tmp_path, recipe, step=step, environment={})
+
+    start(1.0, step=0)
+    start(2.0, step=4)
+    start(3.0, step=2)
+    until = "recipe_until_step_0000000"
+    assert recipes() == {f"{until}2": 1.0, "recipe": 3.0}
+    start(4.0, step=6)
+    start(4.0, step=5)
+    assert recipes() == {f"{until}2": 1.0, f"{until}5": 3.0, "recipe": 4.0}
+    take_back_recipes(tmp_path, 4)  # by a rollback
+    assert recipes() == {f"{until}2": 1.0, f"{until}4": 3.0, "recipe": 4.0}
+    start(5.0, step=2)
+    assert recipes() == {f"{until}2": 1.0, "recipe": 5.0}

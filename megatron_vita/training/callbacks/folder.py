@@ -17,7 +17,7 @@ from megatron_vita.training.environment import describe_environment
 from megatron_vita.training.faults import FaultReport, sample_keys, write_dump
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog, note_start
+from megatron_vita.training.run_folder import RunLog, note_start, take_back_recipes
 
 EXACT = ("train/loss", "train/grad_norm")
 """Metrics with all digits, which a replay compares."""
@@ -79,6 +79,8 @@ class FolderCallback(Callback):
             {
                 "action": report.action,
                 "reason": report.reason,
+                "train/loss": report.loss,
+                "train/grad_norm": report.grad_norm,
                 "packs": [pack.pack for pack in report.packs],
                 "samples": sample_keys(report.packs),
                 "dump": str(write_dump(report, self._folder)),
@@ -86,7 +88,10 @@ class FolderCallback(Callback):
         )
 
     def on_rollback(self, run: Run, step: int) -> None:
-        """Note that the steps after this one are done again."""
+        """Note that the steps after this one are done again, with the recipe of now."""
+        if self._metrics is None:
+            return
+        take_back_recipes(self._folder, run.step)
         self._write("rollback", run.step, {"faulty": step})
 
     def on_save(self, run: Run, path: Path) -> None:
