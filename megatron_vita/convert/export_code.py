@@ -13,7 +13,7 @@ from megatron_vita.convert.families.pixels import PROCESSOR
 from megatron_vita.convert.families.vita_processor import vita_processor
 from megatron_vita.text.tokenizer_base import Tokenizer
 
-FILES = ("configuration_vita.py", "modeling_vita.py", "processing_vita.py")
+FILES = ("configuration_vita.py", "modeling_vita.py", "processing_vita.py", "media_vita.py")
 _MODEL = "modeling_vita.VitaForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_vita.VitaConfig",

@@ -6,26 +6,27 @@ pixels are those that the model was trained with.
 
 import itertools
 import math
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
-try:
-    import av
-except ImportError:
-    av = None  # type: ignore[assignment]
+from .media_vita import Sampling, frames_of, images_of, videos_of
 
 _TAG = re.compile("<(image|video|IMG_CONTEXT)>")  # as chat templates write the place of a medium
-_TOLERANCE = 5e-4  # seconds by which a container's clock may round the time of a frame
+_TEXT_OPTIONS = (
+    *("add_special_tokens", "padding", "padding_side", "pad_to_multiple_of", "max_length"),
+    *("truncation", "stride", "return_tensors", "return_token_type_ids", "return_attention_mask"),
+    *("return_special_tokens_mask", "return_offsets_mapping", "return_length"),
+    *("return_overflowing_tokens", "sanitize_control_tokens", "verbose"),
+)
+_VIDEO_OPTIONS = ("fps", "num_frames", "do_sample_frames")
 _LARGE_REDUCTION = 2.0  # beyond it Pillow's and torch's filters give the same pixels
 
 
@@ -91,49 +92,80 @@ class VitaProcessor(ProcessorMixin):
 
         Args:
             images: images in the order of their tags: PIL images, arrays [height, width, 3], paths,
-                addresses; lists of them may be nested.
+                addresses, files in base64; lists of them may be nested.
             text: one prompt or several, as `apply_chat_template` writes them.
             videos: videos in the order of their tags: paths, or frames (an array [frames, height,
                 width, 3], a list of PIL images or of arrays), of which all are taken.
-            options: of the tokenizer, also as `text_kwargs`; `fps` and `num_frames` replace
-                `max_fps` and `max_frames`.
+            options: of the tokenizer, also as `text_kwargs`; `fps` and `num_frames`, also in
+                `videos_kwargs`, replace `max_fps` and `max_frames` for video files.
 
         Returns:
             `input_ids`, `attention_mask`, and with media `pixel_values` [tiles, 3, S, S].
 
         Raises:
-            ValueError: tags and media do not go together, or a medium cannot be read.
+            ValueError: tags and media do not go together, a medium cannot be read, or an option is
+                unknown.
         """
         if text is None:
             raise ValueError("text is needed, with an <image> or <video> tag for each medium")
-        media = _Media(images=_images_of(images), videos=_videos_of(videos))
-        max_fps = options.pop("fps", None) or self.max_fps
-        max_frames = options.pop("num_frames", None) or self.max_frames
         _refuse_audio(options.pop("audio", None))
-        for unused in ("do_sample_frames", "images_kwargs", "videos_kwargs"):
-            options.pop(unused, None)
-        tiles: list[Tensor] = []
-
-        def expanded(tag: re.Match[str]) -> str:
-            if tag.group(1) != "video":
-                grid, pixels = self._image_tiles(_next(media.images, "image"))
-                tiles.append(pixels)
-                return self._image_text(*grid)
-            video = _next(media.videos, "video")
-            frames = _frames_of(video, max_fps=max_fps, max_frames=max_frames)
-            tiles.append(torch.stack([self._frame_tile(frame) for frame in frames]))
-            return self._tagged("vid", "VID_CONTEXT") * len(frames)
-
+        sampling = self._sampling(options)
+        with_offsets = options.pop("return_text_replacement_offsets", False)
+        settings = _text_settings(options)
+        media = _Media(images=images_of(images), videos=videos_of(videos))
         prompts = [text] if isinstance(text, str) else list(text)
-        prompts = [_TAG.sub(expanded, prompt) for prompt in prompts]
+        expanded = [self._expanded(prompt, media, sampling) for prompt in prompts]
         _check_used(media)
-        # A chat template has written the tokens that begin a prompt. Answers follow at the right.
-        usual = {"add_special_tokens": False, "padding_side": "left"}
-        settings = usual | options.pop("text_kwargs", {}) | options
-        encoded = dict(self.tokenizer(prompts, **settings))
+        encoded = dict(self.tokenizer([prompt.text for prompt in expanded], **settings))
+        if with_offsets:
+            encoded["text_replacement_offsets"] = [prompt.offsets for prompt in expanded]
+        tiles = [each for prompt in expanded for each in prompt.tiles]
         if tiles:
             encoded["pixel_values"] = self._normalized(torch.cat(tiles))
         return BatchFeature(encoded)
+
+    def _sampling(self, options: dict[str, Any]) -> Sampling:
+        """Take the sampling of frames out of the options of a call."""
+        _refuse_unknown(options.pop("images_kwargs", None) or {}, (), where="images_kwargs")
+        given = dict(options.pop("videos_kwargs", None) or {})
+        _refuse_unknown(given, _VIDEO_OPTIONS, where="videos_kwargs")
+        given |= {name: options.pop(name) for name in _VIDEO_OPTIONS if name in options}
+        wanted = given.pop("do_sample_frames", None)
+        rates = {name: value for name, value in given.items() if value is not None}
+        for name, value in rates.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}: a number above 0 is needed")
+        return Sampling(
+            max_fps=rates.get("fps", self.max_fps),
+            max_frames=rates.get("num_frames", self.max_frames),
+            wanted=True if wanted is None and rates else wanted,
+        )
+
+    def _expanded(self, prompt: str, media: "_Media", sampling: Sampling) -> "_Expanded":
+        """Replace the tags of a prompt by the placeholders of their media."""
+        text = ""
+        tiles = []
+        offsets = []
+        end = 0
+        for tag in _TAG.finditer(prompt):
+            kind = "video" if tag.group(1) == "video" else "image"
+            written, pixels = self._medium(kind, media, sampling)
+            text += prompt[end : tag.start()] + written
+            end = tag.end()
+            tiles.append(pixels)
+            new_span = (len(text) - len(written), len(text))
+            found = {"type": kind, "text": tag.group(), "replacement": written}
+            offsets.append(found | {"span": tag.span(), "new_span": new_span})
+        return _Expanded(text + prompt[end:], tiles, offsets)
+
+    def _medium(self, kind: str, media: "_Media", sampling: Sampling) -> tuple[str, Tensor]:
+        """Take the next image or video: its placeholders, and its tiles in uint8."""
+        if kind == "image":
+            grid, pixels = self._image_tiles(_next(media.images, kind))
+            return self._image_text(*grid), pixels
+        frames = frames_of(_next(media.videos, kind), sampling)
+        tiles = torch.stack([self._frame_tile(frame) for frame in frames])
+        return self._tagged("vid", "VID_CONTEXT") * len(frames), tiles
 
     def _image_text(self, columns: int, rows: int) -> str:
         """Write placeholders of an image: its thumbnail, then each row of tiles on a line."""
@@ -193,6 +225,33 @@ class _Media(NamedTuple):
     videos: Iterator[Any]
 
 
+class _Expanded(NamedTuple):
+    """Prompt with placeholders, tiles of its media, and where tags were replaced."""
+
+    text: str
+    tiles: list[Tensor]
+    offsets: list[dict[str, Any]]  # as transformers' `get_text_with_replacements` describes them
+
+
+def _text_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Join the tokenizer's options of a call with ours."""
+    nested = options.pop("text_kwargs", None) or {}
+    _refuse_unknown(nested, _TEXT_OPTIONS, where="text_kwargs")
+    _refuse_unknown(options, _TEXT_OPTIONS, where="the processor")
+    # A chat template has written the tokens that begin a prompt. Answers follow at the right.
+    return {"add_special_tokens": False, "padding_side": "left"} | nested | options
+
+
+def _refuse_unknown(given: Iterable[str], known: Sequence[str], *, where: str) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: {where} has no such option. Options of the tokenizer, "
+            f"{', '.join(_VIDEO_OPTIONS)} are taken; others are attributes of the processor, for "
+            "example processor.max_tiles"
+        )
+
+
 def _refuse_audio(audio: Any) -> None:
     if audio is not None:
         raise ValueError("audio is given, but the model takes text, images and videos")
@@ -209,98 +268,6 @@ def _check_used(media: _Media) -> None:
         unused = sum(1 for _ in left)
         if unused:
             raise ValueError(f"{unused} {kind}s are given for which the text has no <{kind}> tag")
-
-
-def _images_of(given: Any) -> Iterator[np.ndarray]:
-    """Read the images of a nested list, one when it is asked for."""
-    if given is None:
-        return
-    if isinstance(given, list | tuple):
-        for item in given:
-            yield from _images_of(item)
-    else:
-        yield _read_image(given)
-
-
-def _read_image(given: Any) -> np.ndarray:
-    """Read an image as uint8 [height, width, 3], upright, transparent parts over white."""
-    image = given
-    if isinstance(given, str | os.PathLike) and os.path.isfile(given):
-        image = Image.open(given)
-    elif isinstance(given, str):
-        image = load_image(given)
-    elif not isinstance(given, Image.Image):
-        image = Image.fromarray(np.asarray(given))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"an image of mode {image.mode} is given: convert it to 8 bits first")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def _videos_of(given: Any) -> Iterator[Any]:
-    """List the videos of a nested list."""
-    if given is None:
-        return
-    if isinstance(given, list | tuple) and not _is_frame(given[:1]):
-        for item in given:
-            yield from _videos_of(item)
-    else:
-        yield given
-
-
-def _is_frame(first: Sequence[Any]) -> bool:
-    """Return true if a list begins with one frame, and so is a video."""
-    return any(isinstance(item, Image.Image) or getattr(item, "ndim", 0) == 3 for item in first)
-
-
-def _frames_of(video: Any, *, max_fps: float, max_frames: int) -> list[np.ndarray]:
-    """Read the frames of a video, each uint8 [height, width, 3]; those of a file are sampled."""
-    if isinstance(video, str | os.PathLike):
-        return _sampled(os.fspath(video), max_fps=max_fps, max_frames=max_frames)
-    return [_read_image(frame) for frame in video]
-
-
-def _sampled(path: str, *, max_fps: float, max_frames: int) -> list[np.ndarray]:
-    """Decode the frames that a file shows in the middles of equal parts."""
-    if av is None:
-        raise ValueError(f"{path}: PyAV reads video files: install av, or give frames")
-    starts, duration = _frame_starts(path)
-    number = max(1, min(int(duration * max_fps + 1e-6), max_frames, len(starts)))
-    times = [(index + 0.5) * duration / number for index in range(number)]
-    places = np.searchsorted(np.array(starts), np.array(times) + _TOLERANCE, side="right") - 1
-    wanted = {int(place) for place in places}
-    kept: dict[int, np.ndarray] = {}
-    with av.open(path) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
-                pixels = frame.to_ndarray(format="rgb24")
-                kept[index] = np.rot90(pixels, k=round(frame.rotation / 90))
-            if len(kept) == len(wanted):
-                break
-    if len(kept) < len(wanted):
-        raise ValueError(f"{path}: {len(kept)} of {len(wanted)} frames can be decoded")
-    return [kept[int(place)] for place in places]
-
-
-def _frame_starts(path: str) -> tuple[list[float], float]:
-    """Read times of all frames in seconds from the first, ascending, and the video's duration."""
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        unit = float(stream.time_base or 0)
-        packets = [
-            (packet.pts, packet.duration)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard
-        ]
-        rate = float(stream.average_rate or 25)
-    known = sorted((pts, duration or 0) for pts, duration in packets if pts is not None)
-    if not known or len(known) < len(packets):
-        raise ValueError(f"{path}: has no frames with times: give frames instead")
-    starts = [(pts - known[0][0]) * unit for pts, _ in known]
-    return starts, starts[-1] + (known[-1][1] * unit or 1 / rate)
 
 
 def _nearest_grid(
