@@ -53,6 +53,9 @@ def inspect_fault(recipe: Recipe, path: Path, *, png: Path | None, max_height: i
     png, max_height: as for `inspect_pack`.
     """
     report = read_dump(path)
+    unit = "tokens"
+    if recipe.dpo.beta:
+        unit = "pairs"
     lines = [str(report)]
     kind = "largest gradients, after clipping:" if report.are_clipped else "largest gradients"
     for rank, values in report.gradients.items():
@@ -61,7 +64,7 @@ def inspect_fault(recipe: Recipe, path: Path, *, png: Path | None, max_height: i
     for pack in report.packs:
         keys = ", ".join(pack.samples)
         lines.append(
-            f"pack {pack.pack}: loss {pack.loss:g} of {pack.loss_tokens} tokens, samples {keys}"
+            f"pack {pack.pack}: loss {pack.loss:g} of {pack.loss_tokens} {unit}, samples {keys}"
         )
     worst = inspect_pack(recipe, "train", report.worst.pack, png=png, max_height=max_height)
     return "\n".join([*lines, "", worst])

@@ -97,6 +97,9 @@ def forward_weights(recipe: Recipe) -> tuple[int, int]:
     # Joined documents are one segment of the same length in all packs: a constant cost.
     if recipe.data.isolate_documents:
         attention = attention_flops(recipe.model.language, [1])
+    # A pair is two segments, each of about half its length, with half the square in all.
+    if recipe.dpo.beta:
+        attention //= 2
     if not recipe.model.text_only:
         vision = tile_flops(recipe.model)
     return attention, vision

@@ -161,10 +161,13 @@ def build_on_meta(recipe: Recipe) -> list[VitaModel]:
     # megatron-core's other way of initialization names a CUDA device, which would override `meta`.
     config.use_cpu_initialization = True
     with torch.device("meta"):
-        return [
+        chunks = [
             _assemble_chunk(recipe, config=config, backend=backend, chunk=chunk)
             for chunk in _chunks(recipe)
         ]
+        for model in chunks:
+            _add_adapters(model, recipe)
+    return chunks
 
 
 def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> list[VitaModel]:
@@ -202,6 +205,8 @@ def _build_chunk(
     model.initialize_language(recipe.training.seed)
     # After the parts' own initialization, which knows no adapters.
     _add_adapters(model, recipe)
+    for _, adapter in adapters_of(model):
+        adapter.initialize(recipe.training.seed)
     if recipe.lora.dropout:
         _number_passes(model)
     model.to(platform.device())
@@ -211,7 +216,7 @@ def _build_chunk(
 
 
 def _add_adapters(model: VitaModel, recipe: Recipe) -> None:
-    """Add the recipe's adapters to a model chunk, initialized from `training.seed`."""
+    """Add the recipe's adapters to a model chunk, without values."""
     linears = dict(named_linears(model))
     for adapted in adapted_maps(recipe.model, recipe.lora):
         linear = linears.get(adapted.linear.name)
@@ -227,7 +232,6 @@ def _add_adapters(model: VitaModel, recipe: Recipe) -> None:
             dropout=recipe.lora.dropout,
             seed=recipe.training.seed,
         )
-        adapter.initialize(recipe.training.seed)
         if isinstance(adapter, DoraAdapter):
             adapter.bind(linear)
         attach(linear, adapter)

@@ -195,7 +195,10 @@ class Adapter(nn.Module):
 
 def _choice(adapted: AdaptedMap) -> Tensor:
     """Return the adapter of each row of the whole map, one-hot: [stack, rows, pieces]."""
-    return (row_owners(adapted.linear)[..., None] == torch.tensor(adapted.chosen)).float()
+    # Its numbers are read also where weights are built without memory.
+    with torch.device("cpu"):
+        owners = row_owners(adapted.linear)
+        return (owners[..., None] == torch.tensor(adapted.chosen)).float()
 
 
 def row_owners(linear: LinearMap) -> Tensor:

@@ -36,6 +36,7 @@ class PackReport:
 
     pack_id: int
     lengths: list[int]  # tokens of its documents
+    segments: list[int]  # the same; of pairs, the padded lengths of both conversations
     tokens: np.ndarray  # [CP] padding not counted
     tiles: np.ndarray  # [tile ranks]
     loss_tokens: np.ndarray  # [CP, TP] in the part of the sequence of each rank
@@ -136,9 +137,13 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
     is_token = torch.zeros(len(batch.input_ids), dtype=torch.bool)
     for start, length in zip(batch.document_starts.tolist(), lengths, strict=False):
         is_token[start : start + length] = True
+    segments = lengths
+    if recipe.dpo.beta:
+        segments = batch.conversation_lengths
     return PackReport(
         pack_id=pack_id,
         lengths=lengths,
+        segments=segments,
         tokens=count_by_rank(is_token, batch.cu_seqlens, tp_size=1, cp_size=cp).flatten().numpy(),
         tiles=np.array(
             [len(assigned) for assigned in assign_tiles(batch.frames, parallel.tile_ranks)]
@@ -150,14 +155,14 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
 
 
 def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[int]]:
-    """Return the most tiles and loss tokens of the packs read, and the first one's documents."""
+    """Return the most tiles and loss tokens of the packs read, and the first one's segments."""
     if not packs:
         return full_pack(recipe), [recipe.data.seq_length]
     loads = [pack.load for pack in packs]
     heaviest = PackLoad(
         tiles=max(load.tiles for load in loads), loss_tokens=max(load.loss_tokens for load in loads)
     )
-    return heaviest, packs[0].lengths
+    return heaviest, packs[0].segments
 
 
 def _report_stage(

@@ -42,8 +42,8 @@ class FaultyPack:
     """A pack of a faulty step."""
 
     pack: int  # number in the plan, from 1
-    loss: float  # per loss token
-    loss_tokens: int
+    loss: float  # per loss token, or per pair of answers (`dpo.beta`)
+    loss_tokens: int  # or pairs
     samples: list[str]  # keys
 
 

@@ -15,6 +15,7 @@ from megatron_vita.costs.host_memory import host_memory
 from megatron_vita.costs.layer_memory import layer_tensors
 from megatron_vita.costs.memory import full_pack, rank_memory
 from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
+from megatron_vita.training.dry_run import dry_run
 from tests.costs.measured import QWEN_7B
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "long_vita"
@@ -162,3 +163,19 @@ def test_dora_has_a_norm_for_each_row_and_keeps_the_outputs() -> None:
     assert added == 28 * ((3584 + 2 * 512) // 2 + 3584 + 18944 + 3584)
     kept = [layer_tensors(each).kept("everything") for each in (scaled, recipe)]
     assert kept[0] - kept[1] == 2 * tokens * outputs
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora__dora": True, "lora__targets": ["*"]}])
+def test_a_dry_run_builds_the_adapters_that_it_counts(kind: dict[str, object]) -> None:
+    recipe = adapted(
+        **kind,
+        model__language__num_layers=4,
+        parallel__tensor_model_parallel_size=2,
+        parallel__pipeline_model_parallel_size=2,
+        training__freeze_vision_model=True,
+        training__freeze_projector=True,
+    )
+    report = dry_run(recipe, world_size=4, with_data=False)
+    counts = [stage.parameters.adapters for stage in report.stages]
+    assert counts == [stage_adapters(recipe, stage) for stage in range(2)]
+    assert min(counts) > 0

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.inspection import inspect_fault
 from megatron_vita.config import Recipe
+from megatron_vita.costs.flops import variable_cost
 from megatron_vita.data.batch import collate, mask_documents
 from megatron_vita.data.datasets import sample_encoder
 from megatron_vita.data.loading.open import open_split
@@ -28,6 +30,8 @@ from megatron_vita.errors import DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer_base import Tokenizer
+from megatron_vita.training.dry_run import dry_run
+from megatron_vita.training.faults import FaultReport, FaultyPack, write_dump
 from tests.data.toy_data import World, clip, picture, talk, toy_recipe
 from tests.indexes import index_of, index_shard
 
@@ -279,6 +283,33 @@ def test_both_answers_of_a_pair_lie_in_one_pack_and_see_themselves_alone(
         lengths = batch.cu_seqlens.diff().tolist()
         assert batch.conversation_lengths == lengths[: 2 * len(batch.sample_keys)]
     assert sorted(seen) == ["p0", "p1", "p2", "p3"]
+
+
+def test_a_pair_costs_two_conversations_and_its_faults_count_pairs(
+    tmp_path: Path, pairs: World, tokenizer_path: Path
+) -> None:
+    files = {"data.plan": str(tmp_path / "plan"), "text.tokenizer": str(tokenizer_path)}
+    fields = {
+        "training.eval_interval": 0,
+        "training.global_batch_size": 1,
+        "training.train_iters": 1,
+    }
+    recipe = pairs.recipe.replaced(files | fields)
+    plain = recipe.replaced({"dpo.beta": 0.0})
+    apart = variable_cost(plain, [32, 32, 16, 16], tiles=3)
+    assert variable_cost(recipe, [64, 32], tiles=3) == apart
+    assert variable_cost(plain, [64, 32], tiles=3) > apart
+    plan, _ = make_plan(recipe, "train", tokenizer=pairs.tokenizer)
+    write_plan(plan, plan_path(recipe, "train"))
+    stream = open_split(recipe, split="train", tokenizer=pairs.tokenizer, tile_share=(0, 1))
+    report = dry_run(recipe, world_size=1)
+    for i, pack in enumerate(report.packs):
+        assert pack.segments == stream[i].conversation_lengths
+        assert len(pack.segments) == 2 * len(pack.lengths)
+    faulty = FaultyPack(pack=1, loss=0.5, loss_tokens=2, samples=["p0", "p1"])
+    fault = FaultReport(step=1, reason="loss nan", action="skip", packs=[faulty], gradients={})
+    told = inspect_fault(recipe, write_dump(fault, tmp_path), png=None)
+    assert "pack 1: loss 0.5 of 2 pairs, samples p0, p1" in told
 
 
 @pytest.mark.parametrize("policy", ["reject", "cut", "drop_media"])
