@@ -49,8 +49,8 @@ class NumericsConfig:
 
     compare_weights_steps: int = described(
         0,
-        "Steps between comparisons of the weights that replicas hold, by hash; the run stops if "
-        "they differ; 0: none.",
+        "Steps between comparisons of the weights that replicas hold, by hash, of which there is "
+        "one before each save, too; the run stops if they differ; 0: none.",
         ge=0,
     )
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import normalize, train_step
 from tests.functional.layout_worker import my_batches, open_layout
-from tests.functional.poison import KINDS, check_skips
+from tests.functional.poison import KINDS, Poison, check_skips
 from tests.functional.rollback_runs import Spoils
 
 FAST = ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=3"]
@@ -238,6 +239,31 @@ def test_a_run_that_stops_for_a_spike_completes_the_save_of_the_step_before(
     with pytest.raises(VitaError, match=r"step 3: .*norm .*, above .* packs 9 "):
         train(load_recipe(recipe_path, fields), callbacks=[Spoils(step=3, factor=1e6)])
     assert (tmp_path / "latest").read_text() == "step_00000002"
+
+
+def test_a_report_has_gradients_after_clipping(recipe_path: Path) -> None:
+    reports = []
+    for clip in (1.0, 0.0):
+        fields = {"spike_action": "stop", "rolling_interval_length": 2, "sigma_factor": 50.0}
+        run = open_layout(fields | {"clip_grad": 1.0}, None)
+        poison = Poison(run, rank=0)
+        for _ in range(2):
+            train_step(run, iter(my_batches(run, 0)))
+        for part in (run.optimizer, *run.optimizer.chained_optimizers):
+            part.config.clip_grad = clip
+        run.hooks = Mock(has_failed=False)
+        poison.spoil(factor=1e6)
+        with pytest.raises(VitaError, match="step 3"):
+            train_step(run, iter(my_batches(run, 0)))
+        calls = [call.args for call in run.hooks.call.call_args_list]
+        (report,) = (arguments[0] for name, *arguments in calls if name == "on_fault")
+        reports.append(report)
+    clipped, whole = reports
+    assert clipped.are_clipped
+    assert clipped.grad_norm == pytest.approx(whole.grad_norm)
+    factor = 1.0 / whole.grad_norm
+    expected = {name: factor * value for name, value in whole.gradients["rank 0"].items()}
+    assert clipped.gradients["rank 0"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_step_that_stopped_a_run_is_replayed(recipe_path: Path, tmp_path: Path) -> None:

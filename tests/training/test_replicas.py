@@ -1,12 +1,17 @@
 """Copies of weights that differ are found by hash, and named by rank and parameter."""
 
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_vita.config import load_recipe
+from megatron_vita.errors import VitaError
 from megatron_vita.training.callbacks import replicas
-from megatron_vita.training.callbacks.replicas import _name, hash_bits
+from megatron_vita.training.callbacks.replicas import Divergence, _name, hash_bits
+from megatron_vita.training.loop import train
+from megatron_vita.training.run import Run
 
 VALUES = [[0, 1, -2, 7, 7], [0.0, -1.5, 3e-39, float("inf"), float("nan")]]
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
@@ -54,3 +59,23 @@ def test_the_ranks_that_differ_from_most_are_named() -> None:
         "none on ranks 0, 2, 4, of which no most agree",
         "last on rank 4, of 3 copies",
     ]
+
+
+def test_a_run_compares_at_its_steps_and_before_each_save(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def find(run: Run) -> list[Divergence]:
+        compared.append(run.step)
+        found = [Divergence(parameter="weight", ranks=[1], copies=3)]
+        return found if run.step == 3 else []
+
+    monkeypatch.setattr(replicas, "find_divergences", find)
+    fields = ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=4"]
+    fields += [f"checkpoint.save={tmp_path}", "checkpoint.save_interval=3"]
+    message = r"step 3: .* the same after step 2: 1 parameters: weight on rank 1, of 3 copies"
+    with pytest.raises(VitaError, match=message):
+        train(load_recipe(recipe_path, [*fields, "numerics.compare_weights_steps=2"]))
+    assert compared == [2, 3]
+    assert not list(tmp_path.glob("step_*"))

@@ -66,13 +66,21 @@ def _parts_of_the_loop(run: Run, hooks: Hooks) -> Iterator[Callback]:
         yield SlowRankCallback(
             steps=recipe.training.slow_rank_steps, factor=recipe.training.slow_rank_factor
         )
+    saves = SaveCallback(run, hooks) if recipe.checkpoint.save else None
     if recipe.numerics.compare_weights_steps:
-        yield ReplicaCallback(steps=recipe.numerics.compare_weights_steps)
+        yield _replicas(run, saves)
     yield RecordCallback(hooks)
     yield DamageCallback(run)
     if recipe.training.profile_step_start:
         yield ProfileCallback(recipe.training)
-    if recipe.checkpoint.save:
-        yield SaveCallback(run, hooks)
+    if saves is not None:
+        yield saves
     if run.validation_stream is not None:
         yield ValidationCallback(hooks)
+
+
+def _replicas(run: Run, saves: SaveCallback | None) -> ReplicaCallback:
+    steps = run.recipe.numerics.compare_weights_steps
+    if saves is None:
+        return ReplicaCallback(steps=steps)
+    return ReplicaCallback(steps=steps, is_saved=saves.is_due)

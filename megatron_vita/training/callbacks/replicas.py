@@ -1,6 +1,7 @@
 """Comparison of the weights that replicas hold, by hash."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +43,31 @@ class Divergence:
 
 
 class ReplicaCallback(Callback):
-    """Comparison every `numerics.compare_weights_steps` steps, before a checkpoint is written."""
+    """Comparison every so many steps, and before each checkpoint is written.
+
+    steps: `numerics.compare_weights_steps`.
+    is_saved: tells whether a step will be saved, the same on all ranks.
+    """
 
     collective = True  # raises on all ranks at once
 
-    def __init__(self, *, steps: int) -> None:
+    def __init__(
+        self,
+        *,
+        steps: int,
+        is_saved: Callable[[Run, StepMetrics], bool] = lambda run, metrics: False,
+    ) -> None:
         self._steps = steps
+        self._is_saved = is_saved
         self._equal_until = 0
 
     def on_start(self, run: Run) -> None:
         """Note where the run begins."""
         self._equal_until = run.step
+
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Note that the run begins there again."""
+        self._equal_until = min(self._equal_until, run.step)
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Compare, if it is time to. Collective then.
@@ -60,7 +75,7 @@ class ReplicaCallback(Callback):
         Raises:
             VitaError: on all ranks, naming parameters and ranks, if copies differ.
         """
-        if run.step % self._steps:
+        if run.step % self._steps and not self._is_saved(run, metrics):
             return
         found = find_divergences(run)
         if not found:

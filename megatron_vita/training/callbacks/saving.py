@@ -56,14 +56,18 @@ class SaveCallback(Callback):
         run.enter("saving")
         if self._saver.is_active and not metrics.saving:
             self._finish(run)
-        # The last step too, whatever the interval: its weights are the result of the run.
-        if metrics.stops or run.step == run.recipe.training.train_iters:
+        if _is_last(run, metrics):
             self._save_last(run)
-        elif run.step % run.recipe.checkpoint.save_interval == 0 or run.step == self._retry_at:
+        elif self.is_due(run, metrics):
             self._start(run)
         # No step follows in which it could be finished.
         if self._saver.is_active and self._hooks.knows_failure:
             self._finish(run)
+
+    def is_due(self, run: Run, metrics: StepMetrics) -> bool:
+        """Tell, before `after_step`, whether the step is saved. The same on all ranks."""
+        is_regular = run.step % run.recipe.checkpoint.save_interval == 0
+        return _is_last(run, metrics) or is_regular or run.step == self._retry_at
 
     def on_fault(self, run: Run, report: FaultReport) -> None:
         """Finish the save under way before a rollback, which looks for checkpoints, or the end."""
@@ -186,6 +190,11 @@ class SaveCallback(Callback):
                     raise
                 logger.warning("step %d: not saved: %s; again in %g s", run.step, error, pause)
                 time.sleep(pause)
+
+
+def _is_last(run: Run, metrics: StepMetrics) -> bool:
+    """Tell whether no step follows, whatever the interval: its weights are the result of the run."""
+    return metrics.stops or run.step == run.recipe.training.train_iters
 
 
 def _open_uploads(run: Run) -> Uploads | None:
