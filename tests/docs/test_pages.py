@@ -1,13 +1,18 @@
 """Pages link to files and headings that exist, name fields and options that exist, and are in the
 site's menu."""
 
+import argparse
 import functools
+import pkgutil
 import re
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import typer
 import yaml
 
+from megatron_vita.cli.vita import COMMANDS
 from megatron_vita.config import Recipe
 from megatron_vita.config.help import describe_fields
 
@@ -20,6 +25,9 @@ GROUPS = (
 )
 FIELD = re.compile(rf"`(({GROUPS})\.[a-z][\w.]*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]+")
+OURS_RUN = re.compile(
+    r"(?:^ *|`|-m megatron_)vita (?P<command>[a-z]+) ?(?P<rest>[^`\n#]*)", re.MULTILINE
+)
 NOT_OURS = {
     "--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
     "--max-restarts", "--nproc-per-node", "--rdzv-backend", "--rdzv-conf", "--rdzv-endpoint",  # torchrun
@@ -86,12 +94,80 @@ OURS = [page for page in PAGES if page.parent.name == "docs" and page.name != "m
 OURS.append(ROOT / "README.md")
 
 
+def text_of(page: Path) -> str:
+    """Text of a page, with commands of several lines joined."""
+    return re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
 def test_options_that_pages_name_exist(page: Path) -> None:
+    # Prose speaks of launchers' options too; a command of `vita` is compared with its own below.
     for option in set(OPTION.findall(page.read_text(encoding="utf-8"))) - NOT_OURS:
         # Declared as it is, or derived from the name of a field: --max-context from max_context.
         name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
         assert {option, name} & declared_options(), f"{page.name}: {option}"
+
+
+class Parsed(BaseException):
+    """Parser of a command that was about to read its arguments."""
+
+    def __init__(self, parser: Any) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+@functools.cache
+def parser_of(command: str) -> Any:
+    """Parser of a command of `vita`, an argparse or a typer one."""
+
+    def stop(parser: Any, *_: Any, **__: Any) -> NoReturn:
+        raise Parsed(parser)
+
+    main = pkgutil.resolve_name(COMMANDS[command].main)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        patch.setattr(typer.Typer, "__call__", stop)
+        with pytest.raises(Parsed) as found:
+            main([], name=command)
+    return found.value.parser
+
+
+def options_of(command: str, rest: str) -> set[str]:
+    """Options that a command of `vita`, or its subcommand that `rest` begins with, declares."""
+    parser = parser_of(command)
+    if isinstance(parser, argparse.ArgumentParser):
+        return set(parser._option_string_actions)
+    found: Any = typer.main.get_command(parser)
+    if hasattr(found, "commands") and not rest.startswith("-"):
+        found = found.commands[rest.split()[0]]
+    names = [name for each in found.params for name in (*each.opts, *each.secondary_opts)]
+    return {*names, "--help"}
+
+
+def wrong_options(text: str) -> list[str]:
+    """Options in the commands of a text that the command itself does not have."""
+    return [
+        f"vita {command} {rest.strip()}: {option}"
+        for command, rest in OURS_RUN.findall(text)
+        if OPTION.search(rest)
+        for option in sorted(set(OPTION.findall(rest)) - options_of(command, rest))
+    ]
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
+def test_commands_of_pages_have_the_options_that_they_are_given(page: Path) -> None:
+    assert wrong_options(text_of(page)) == []
+
+
+def test_an_option_of_another_command_is_found() -> None:
+    text = """Say `vita convert to-hf A B --suggest`, or
+    torchrun --standalone -m megatron_vita train recipe.yaml --media x
+    vita data shard a.jsonl --out b --media c --metric exact  # or --pack
+    vita convert from-hf A B --verify
+    """
+    assert [each.rpartition(" ")[2] for each in wrong_options(text)] == [
+        "--suggest", "--media", "--metric"
+    ]  # fmt: skip
 
 
 def test_every_page_is_in_the_menu_once() -> None:
