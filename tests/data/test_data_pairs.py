@@ -307,7 +307,16 @@ def test_a_pair_costs_two_conversations_and_its_faults_count_pairs(
         assert pack.segments == stream[i].conversation_lengths
         assert len(pack.segments) == 2 * len(pack.lengths)
     faulty = FaultyPack(pack=1, loss=0.5, loss_tokens=2, samples=["p0", "p1"])
-    fault = FaultReport(step=1, reason="loss nan", action="skip", packs=[faulty], gradients={})
+    fault = FaultReport(
+        step=1,
+        reason="loss nan",
+        action="skip",
+        loss=0.5,
+        grad_norm=1.0,
+        packs=[faulty],
+        gradients={},
+        are_clipped=False,
+    )
     told = inspect_fault(recipe, write_dump(fault, tmp_path), png=None)
     assert "pack 1: loss 0.5 of 2 pairs, samples p0, p1" in told
 
