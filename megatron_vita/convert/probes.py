@@ -21,6 +21,7 @@ from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.normalize import normalize
 from megatron_vita.media.video import probe_video
 from megatron_vita.text.conversation import check_messages
+from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.vocabulary import open_tokenizer
 
 QUESTION = "What is to be seen here?"
@@ -43,11 +44,10 @@ def make_probes(recipe: Recipe, checkpoint: Path) -> list[Probe]:
     """Token ids in turn; with a tokenizer a question, too; with a tower one about an image and one
     about a video."""
     empty = np.zeros(0, dtype=np.int64)
-    in_turn = np.arange(TOKENS) % recipe.model.language.vocab_size
     side = recipe.model.vision.image_size
     no_tiles = np.zeros((0, 3, side, side), dtype=np.uint8)
     encoder = encoder_of(recipe, checkpoint)
-    prompts = [(f"{TOKENS} tokens", in_turn, empty, no_tiles)]
+    prompts = [(f"{TOKENS} tokens", _in_turn(recipe, encoder), empty, no_tiles)]
     if encoder is not None:
         prompts.append(("a question", question_ids(encoder), empty, no_tiles))
         prompts += [] if encoder.text_only else [_about_image(encoder), _about_video(encoder)]
@@ -60,6 +60,16 @@ def make_probes(recipe: Recipe, checkpoint: Path) -> list[Probe]:
         )
         for name, ids, placements, tiles in prompts
     ]
+
+
+def _in_turn(recipe: Recipe, encoder: SampleEncoder | None) -> np.ndarray:
+    """The first token ids of the vocabulary, int64 [TOKENS]."""
+    ids = np.arange(recipe.model.language.vocab_size)
+    # A placeholder without pixels is an error in an export's own code.
+    if encoder is not None and not encoder.text_only:
+        media = MEDIA_FORMATS[recipe.text.media_format].special_tokens
+        ids = np.setdiff1d(ids, [encoder.tokenizer.special_id(name) for name in media])
+    return np.resize(ids, TOKENS)
 
 
 def encoder_of(recipe: Recipe, checkpoint: Path) -> SampleEncoder | None:
