@@ -46,10 +46,10 @@ class ReplayedRun:
                 f"replay a step up to {changes[0]}, or one after a later checkpoint"
             )
         for i, segment in enumerate(self.record.segments):
-            # Later starts have taken back what comes after their own beginnings.
-            end = min([self.step, *(later.start for later in self.record.segments[i + 1 :])])
+            # Later starts have taken back what comes after their beginnings, or rollbacks.
+            end = min([self.step, *(later.lowest for later in self.record.segments[i + 1 :])])
             had = segment.about.get("ranks", ranks)
-            if end >= first and end > segment.start and had != ranks:
+            if end >= first and end > segment.lowest and had != ranks:
                 raise ConfigError(
                     f"{place} were done by {had} ranks, and these are {ranks}: start the replay with --nproc_per_node "
                     f"{had} (on as many machines as the run)"

@@ -18,6 +18,7 @@ class Segment:
     """The part of a run from one start to its end."""
 
     start: int  # steps done before
+    lowest: int  # step after which all were done by this part: `start`, or that of a rollback
     began: float  # seconds since the epoch
     ended: float
     last: int  # last step that it did
@@ -129,7 +130,9 @@ def _replay(
                     del known[later]
         segment = segments[-1]
         segment.ended = row.get("time", segment.ended)
-        if event == "step":
+        if event == "rollback":
+            segment.lowest = min(segment.lowest, step)
+        elif event == "step":
             steps[step] = row
             segment.last = step
         elif event == "fault":
@@ -149,4 +152,4 @@ def _begin(row: Row, step: int, segments: list[Segment]) -> Segment:
     if segments:
         segments[-1].repeated = max(0, segments[-1].last - step)
     now = row.get("time", 0.0)
-    return Segment(start=step, began=now, ended=now, last=step, about=row)
+    return Segment(start=step, lowest=step, began=now, ended=now, last=step, about=row)

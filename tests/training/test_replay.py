@@ -118,6 +118,17 @@ def test_other_numbers_of_ranks_are_refused(folder: Path) -> None:
         replay_run(folder, 6)
 
 
+def test_a_rollback_takes_steps_of_other_numbers_of_ranks_back(folder: Path) -> None:
+    rows = [{"event": "start", "step": 4, "ranks": 2}, {"event": "rollback", "step": 2}]
+    rows += [{"event": "step", "step": step} for step in (3, 4)]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    replayed = read_replayed(folder, 4)
+    replayed.check(3, ranks=2)
+    with pytest.raises(ConfigError, match="were done by 2 ranks, and these are 1"):
+        replayed.check(3, ranks=1)
+
+
 def test_what_was_not_logged_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--step is 7: .* has logged steps 1 to 6"):
         read_replayed(folder, 7)
