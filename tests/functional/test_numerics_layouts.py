@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
 }
 TRIED = scaled(["dp2", "pp2"], full=list(LAYOUTS))
-TRAINED = scaled(["tp2"], full=["dp2", "tp2", "pp2"])
+TRAINED = scaled(["tp2"], full=list(LAYOUTS))
 
 
 def check_layouts(fields_of: list[dict[str, Any]]) -> None:
