@@ -21,7 +21,7 @@ from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
-from tests.functional.layout_worker import save_tensors, small_buckets, whole_gradients
+from tests.functional.layout_worker import release, save_tensors, small_buckets, whole_gradients
 
 Outputs = list[Tensor]
 
@@ -85,6 +85,7 @@ def run_case(folder: Path, name: str, fields: dict) -> None:
     if groups.is_reporting_rank():
         torch.save(seen[0], folder / name / "logits.pt")
     dist.barrier()
+    release(run)
 
 
 def main() -> None:

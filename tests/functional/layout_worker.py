@@ -5,6 +5,7 @@ Arguments: folder, JSON list of layouts' values, JSON of fields that layouts hav
 by layout's name.
 """
 
+import gc
 import json
 import sys
 from contextlib import AbstractContextManager
@@ -116,7 +117,19 @@ def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> li
     save_tensors(run, folder / layout.name / "gradients", whole_gradients(run))
     metrics += [train_step(run, iter(my_batches(run, step))) for step in range(1, STEPS)]
     save_tensors(run, folder / layout.name / "weights")
+    release(run)
     return metrics
+
+
+def release(run: Run) -> None:
+    """Let go of a run's models, so that the groups of its layout can end with them.
+
+    megatron-core's hooks of gradients keep their models for ever, and each gloo group wakes a thread
+    a hundred times a second.
+    """
+    for chunk in run.chunks:
+        vars(chunk).clear()
+    gc.collect()
 
 
 def write_metrics(metrics: list[StepMetrics], path: Path) -> None:

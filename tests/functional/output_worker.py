@@ -25,6 +25,7 @@ from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import (
     my_batches,
+    release,
     save_tensors,
     small_buckets,
     whole_gradients,
@@ -68,6 +69,7 @@ def step_of_case(case: dict, folder: Path, *, start: Path) -> float:
         head.chunk_bytes = 5 * 4 * head.output_size_per_partition
     metrics = train_step(run, iter(my_batches(run, 0)))
     save_tensors(run, folder, whole_gradients(run))
+    release(run)
     return metrics.loss
 
 

@@ -17,7 +17,7 @@ from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.run_state import restore, save_run
 from megatron_vita.training.step import train_step
-from tests.functional.layout_worker import my_batches, save_tensors, small_buckets
+from tests.functional.layout_worker import my_batches, release, save_tensors, small_buckets
 from tests.functional.synthetic import tiny_recipe
 
 
@@ -41,6 +41,7 @@ def first_step(fields: dict, folder: Path, *, start: Path) -> None:
     run = open_run_at(fields, folder, start=start)
     train_step(run, iter(my_batches(run, 0)))
     save_run(run)
+    release(run)
 
 
 def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, float]:
@@ -49,6 +50,7 @@ def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, fl
     assert run.step == 1
     metrics = train_step(run, iter(my_batches(run, 1)))
     save_tensors(run, weights)
+    release(run)
     return metrics.loss, metrics.grad_norm
 
 
