@@ -20,7 +20,7 @@ _DOWNLOAD_SECONDS = 60.0
 _TOLERANCE = 5e-4  # seconds by which a container's clock may round the time of a frame
 
 
-class Sampling(NamedTuple):
+class FrameSampling(NamedTuple):
     """Largest numbers of frames of a file; `wanted`: what the call says of sampling, if anything."""
 
     max_fps: float
@@ -88,7 +88,7 @@ def _is_frame(first: Sequence[Any]) -> bool:
     return any(isinstance(item, Image.Image) or getattr(item, "ndim", 0) == 3 for item in first)
 
 
-def frames_of(video: Any, sampling: Sampling) -> list[np.ndarray]:
+def frames_of(video: Any, sampling: FrameSampling) -> list[np.ndarray]:
     """Read the frames of a video, each uint8 [height, width, 3]; those of a file are sampled."""
     if isinstance(video, str | os.PathLike):
         if sampling.wanted is False:

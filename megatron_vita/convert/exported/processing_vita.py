@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .media_vita import Sampling, frames_of, images_of, videos_of
+from .media_vita import FrameSampling, frames_of, images_of, videos_of
 
 _TAG = re.compile("<(image|video|IMG_CONTEXT)>")  # as chat templates write the place of a medium
 _TEXT_OPTIONS = (
@@ -124,7 +124,7 @@ class VitaProcessor(ProcessorMixin):
             encoded["pixel_values"] = self._normalized(torch.cat(tiles))
         return BatchFeature(encoded)
 
-    def _sampling(self, options: dict[str, Any]) -> Sampling:
+    def _sampling(self, options: dict[str, Any]) -> FrameSampling:
         """Take the sampling of frames out of the options of a call."""
         _refuse_unknown(options.pop("images_kwargs", None) or {}, (), where="images_kwargs")
         given = dict(options.pop("videos_kwargs", None) or {})
@@ -135,13 +135,13 @@ class VitaProcessor(ProcessorMixin):
         for name, value in rates.items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}: a number above 0 is needed")
-        return Sampling(
+        return FrameSampling(
             max_fps=rates.get("fps", self.max_fps),
             max_frames=rates.get("num_frames", self.max_frames),
             wanted=True if wanted is None and rates else wanted,
         )
 
-    def _expanded(self, prompt: str, media: "_Media", sampling: Sampling) -> "_Expanded":
+    def _expanded(self, prompt: str, media: "_Media", sampling: FrameSampling) -> "_Expanded":
         """Replace the tags of a prompt by the placeholders of their media."""
         text = ""
         tiles = []
@@ -158,7 +158,7 @@ class VitaProcessor(ProcessorMixin):
             offsets.append(found | {"span": tag.span(), "new_span": new_span})
         return _Expanded(text + prompt[end:], tiles, offsets)
 
-    def _medium(self, kind: str, media: "_Media", sampling: Sampling) -> tuple[str, Tensor]:
+    def _medium(self, kind: str, media: "_Media", sampling: FrameSampling) -> tuple[str, Tensor]:
         """Take the next image or video: its placeholders, and its tiles in uint8."""
         if kind == "image":
             grid, pixels = self._image_tiles(_next(media.images, kind))
