@@ -17,6 +17,7 @@ from megatron_vita.costs.memory import full_pack, rank_memory
 from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
 from megatron_vita.training.dry_run import dry_run
 from tests.costs.measured import QWEN_7B
+from tests.forked import run_program
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "long_vita"
 SEVEN_B = {
@@ -167,6 +168,13 @@ def test_dora_has_a_norm_for_each_row_and_keeps_the_outputs() -> None:
 
 @pytest.mark.parametrize("kind", [{}, {"lora__dora": True, "lora__targets": ["*"]}])
 def test_a_dry_run_builds_the_adapters_that_it_counts(kind: dict[str, object]) -> None:
+    # In a process of its own: a dry run makes a world.
+    name = check_adapters_of_a_dry_run.__name__
+    ended = run_program("-c", f"from {__name__} import {name}; {name}({kind!r})")
+    assert ended.returncode == 0, ended.stderr
+
+
+def check_adapters_of_a_dry_run(kind: dict[str, object]) -> None:
     recipe = adapted(
         **kind,
         model__language__num_layers=4,

@@ -2,6 +2,7 @@
 their conversations blind to one another."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from megatron_vita.errors import DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer_base import Tokenizer
-from megatron_vita.training.dry_run import dry_run
 from megatron_vita.training.faults import FaultReport, FaultyPack, write_dump
 from tests.data.toy_data import World, clip, picture, talk, toy_recipe
+from tests.forked import run_program
 from tests.indexes import index_of, index_shard
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -285,6 +286,27 @@ def test_both_answers_of_a_pair_lie_in_one_pack_and_see_themselves_alone(
     assert sorted(seen) == ["p0", "p1", "p2", "p3"]
 
 
+DRY_RUN = """
+import json, pickle, sys
+from pathlib import Path
+from megatron_vita.training.dry_run import dry_run
+
+report = dry_run(pickle.loads(Path(sys.argv[1]).read_bytes()), world_size=1)
+print(json.dumps([[pack.segments, len(pack.lengths)] for pack in report.packs]))
+"""
+
+
+def segments_of_a_dry_run(recipe: Recipe, folder: Path) -> list[tuple[list[int], int]]:
+    """Attention segments and number of documents of each pack, from a process of its own: a dry run
+    makes a world."""
+    (folder / "recipe.pickle").write_bytes(pickle.dumps(recipe))
+    ended = run_program("-c", DRY_RUN, str(folder / "recipe.pickle"))
+    assert ended.returncode == 0, ended.stderr
+    packs: list[tuple[list[int], int]] = json.loads(ended.stdout)
+    assert packs
+    return packs
+
+
 def test_a_pair_costs_two_conversations_and_its_faults_count_pairs(
     tmp_path: Path, pairs: World, tokenizer_path: Path
 ) -> None:
@@ -302,10 +324,9 @@ def test_a_pair_costs_two_conversations_and_its_faults_count_pairs(
     plan, _ = make_plan(recipe, "train", tokenizer=pairs.tokenizer)
     write_plan(plan, plan_path(recipe, "train"))
     stream = open_split(recipe, split="train", tokenizer=pairs.tokenizer, tile_share=(0, 1))
-    report = dry_run(recipe, world_size=1)
-    for i, pack in enumerate(report.packs):
-        assert pack.segments == stream[i].conversation_lengths
-        assert len(pack.segments) == 2 * len(pack.lengths)
+    for i, (segments, documents) in enumerate(segments_of_a_dry_run(recipe, tmp_path)):
+        assert segments == stream[i].conversation_lengths
+        assert len(segments) == 2 * documents
     faulty = FaultyPack(pack=1, loss=0.5, loss_tokens=2, samples=["p0", "p1"])
     fault = FaultReport(
         step=1,

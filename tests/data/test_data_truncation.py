@@ -5,7 +5,7 @@ import pytest
 from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.samples.truncation import Piece, Truncated, truncate, untruncated
 
-TEXT, LOSS, IMAGE, VIDEO = Kind
+_, TEXT, LOSS, IMAGE, VIDEO = Kind
 QUESTION = Piece(TEXT, 10)
 ANSWER = Piece(LOSS, 20)
 

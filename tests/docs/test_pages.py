@@ -3,6 +3,7 @@ site's menu."""
 
 import argparse
 import functools
+import logging
 import pkgutil
 import re
 from pathlib import Path
@@ -124,7 +125,10 @@ def parser_of(command: str) -> Any:
         raise Parsed(parser)
 
     main = pkgutil.resolve_name(COMMANDS[command].main)
+    logger = logging.getLogger("megatron_vita")
     with pytest.MonkeyPatch.context() as patch:
+        # Commands set it for good.
+        patch.setattr(logger, "setLevel", lambda level: None)
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         patch.setattr(typer.Typer, "__call__", stop)
         with pytest.raises(Parsed) as found:

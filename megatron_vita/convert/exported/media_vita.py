@@ -57,7 +57,10 @@ def _read_image(given: Any) -> np.ndarray:
 
 def _opened(given: str | os.PathLike[str]) -> Image.Image:
     """Open an image from a path, an address, or its file in base64 (or a `data:` address)."""
-    shown = str(given)[:80]
+    shown = str(given)
+    # A path or an address is shown whole, a file in base64 by its beginning.
+    if len(shown) > 400:
+        shown = shown[:80]
     try:
         if isinstance(given, os.PathLike) or os.path.isfile(given):
             return Image.open(given)
