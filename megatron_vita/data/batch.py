@@ -101,6 +101,19 @@ def mask_documents(
     )
 
 
+def _tokens(
+    documents: Sequence[Document], *, starts: np.ndarray, seq_length: int, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [T] and labels [T] of a pack, padded between documents and after the last."""
+    input_ids = np.full(seq_length, pad_id, dtype=np.int64)
+    labels = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
+    for start, document in zip(starts, documents, strict=False):
+        here = slice(start, start + len(document))
+        input_ids[here] = document.input_ids
+        labels[here] = document.labels
+    return torch.from_numpy(input_ids), torch.from_numpy(labels)
+
+
 def _loss_weights(
     documents: Sequence[Document], *, starts: np.ndarray, seq_length: int
 ) -> torch.Tensor | None:
@@ -150,12 +163,7 @@ def collate(
     lengths = [round_up(len(document), data.padding_multiple) for document in documents]
     starts = np.cumsum([0, *lengths])
     assert starts[-1] <= seq_length, f"pack {pack_id}: {starts[-1]} of {seq_length} tokens"
-    input_ids = np.full(seq_length, pad_id, dtype=np.int64)
-    labels = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
-    for start, document in zip(starts, documents, strict=False):
-        here = slice(start, start + len(document))
-        input_ids[here] = document.input_ids
-        labels[here] = document.labels
+    input_ids, labels = _tokens(documents, starts=starts, seq_length=seq_length, pad_id=pad_id)
     loss_weights = _loss_weights(documents, starts=starts, seq_length=seq_length)
     placements = [
         start + document.placements for start, document in zip(starts, documents, strict=False)
@@ -174,8 +182,8 @@ def collate(
         cu_seqlens = torch.tensor([0, seq_length], dtype=torch.int32)
     return Batch(
         pack_id=pack_id,
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
+        input_ids=input_ids,
+        labels=labels,
         loss_weights=loss_weights,
         document_starts=bounds,
         cu_seqlens=cu_seqlens,

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
@@ -21,16 +20,7 @@ CASES = 300
 Result = dict[str, Any] | str  # a sample, or why there is none
 
 
-@pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
-    for name, data in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def import_all(cases: list[Case], root: Path, media: Path) -> list[Result]:
+def import_all(cases: list[Case], root: Path, foreign_media: Path) -> list[Result]:
     """Result of `import` for records of one layout."""
     root.mkdir()
     form = cases[0].layout.form
@@ -42,7 +32,7 @@ def import_all(cases: list[Case], root: Path, media: Path) -> list[Result]:
         (root / "set.json").write_text(json.dumps([case.record for case in cases]))
         sources = [root / "set.json"]
     out = root / "out.jsonl"
-    setting = Setting(media=media, media_out=root / "found", prompt=None)
+    setting = Setting(media=foreign_media, media_out=root / "found", prompt=None)
     job = ImportJob(format=form, paths=sources, out=out, setting=setting)
     import_samples(job, options=WorkerOptions(workers=0))
     rejected = {number_of(entry): entry["reason"] for entry in read(out, ".rejected.jsonl")}
@@ -88,13 +78,15 @@ def content(name: str, roots: list[Path]) -> bytes:
     return next(root / name for root in roots if (root / name).exists()).read_bytes()
 
 
-def test_foreign_records_are_used_whole_or_refused_by_name(tmp_path: Path, media: Path) -> None:
+def test_foreign_records_are_used_whole_or_refused_by_name(
+    tmp_path: Path, foreign_media: Path
+) -> None:
     cases = sorted(make_cases(CASES, seed=15), key=lambda case: LAYOUTS.index(case.layout))
     used = 0
     for layout, group in groupby(cases, key=lambda case: case.layout):
         mine = list(group)
         root = tmp_path / layout.name
-        for case, result in zip(mine, import_all(mine, root, media), strict=True):
+        for case, result in zip(mine, import_all(mine, root, foreign_media), strict=True):
             shown = (
                 f"{layout.name}, {case.refused or 'used'}: {case.record!r:.600} -> {result!r:.600}"
             )
@@ -104,7 +96,7 @@ def test_foreign_records_are_used_whole_or_refused_by_name(tmp_path: Path, media
                 continue
             assert isinstance(result, dict), shown
             used += 1
-            check_used(case.truth, result, [root / "found", media], shown)
+            check_used(case.truth, result, [root / "found", foreign_media], shown)
     assert used > CASES / 2
 
 

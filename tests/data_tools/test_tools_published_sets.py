@@ -15,22 +15,12 @@ from data_tools.pool import WorkerOptions
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, sample_of
 from megatron_vita.errors import DataError
 from megatron_vita.text.conversation import TextPart, check_messages
-from tests.data_tools.foreign_layouts import FILES
 from tests.data_tools.published_sets import ASKED, LAYOUTS, SAID
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights-and-data.md"
 
 
-@pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("media")
-    for name, data in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def imported(name: str, folder: Path, media: Path) -> list[dict[str, Any]]:
+def imported(name: str, folder: Path, foreign_media: Path) -> list[dict[str, Any]]:
     """Samples that `vita data import` writes of a layout's record."""
     layout = LAYOUTS[name]
     source = folder / ("set.parquet" if layout.form == "hf" else "set.jsonl")
@@ -39,7 +29,7 @@ def imported(name: str, folder: Path, media: Path) -> list[dict[str, Any]]:
     else:
         source.write_text(json.dumps(layout.record) + "\n")
     out = folder / "out.jsonl"
-    setting = Setting(media=media, media_out=folder / "found", prompt=DEFAULT_PROMPT)
+    setting = Setting(media=foreign_media, media_out=folder / "found", prompt=DEFAULT_PROMPT)
     job = ImportJob(format=layout.form, paths=[source], out=out, setting=setting)
     counts = import_samples(job, options=WorkerOptions(workers=0))
     assert counts["rejected"] == 0, out.with_suffix(".rejected.jsonl").read_text()
@@ -58,10 +48,10 @@ def turns_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_record_of_each_published_layout_is_imported_whole(
-    name: str, tmp_path: Path, media: Path
+    name: str, tmp_path: Path, foreign_media: Path
 ) -> None:
     layout = LAYOUTS[name]
-    (sample,) = imported(name, tmp_path, media)
+    (sample,) = imported(name, tmp_path, foreign_media)
     assert turns_of(sample) == layout.turns
     assert len(sample.get("images", [])) == layout.images
     assert len(sample.get("videos", [])) == layout.videos

@@ -13,18 +13,14 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.normalize import normalize
 from megatron_vita.training.preference import pair_losses
-from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step, validate
 from tests.functional.synthetic import IGNORED, ROWS, make_pack, pair_up
-from tests.model.hf_weights import copy_into, our_tensors
-from tests.model.test_lora import (
+from tests.model.peft_models import (
     IMAGE_TOKEN,
     adapters_in,
-    internvl,
     open_run,
-    peft_model,
-    randomize_adapters,
     recipe_of,
+    run_beside,
 )
 
 LENGTHS = (50, 21, 13, 16)  # of two pairs' conversations, the second without media
@@ -65,23 +61,10 @@ def log_probabilities(theirs: PeftModel, pack: Batch, recipe: Recipe) -> Tensor:
     return torch.stack(sums).view(2, 2)
 
 
-def run_beside(recipe: Recipe) -> tuple[Run, PeftModel]:
-    """Our run and PEFT's model, of the same weights."""
-    run = open_run(recipe)
-    base = internvl()
-    weights = {name: value.clone() for name, value in base.state_dict().items()}
-    theirs = peft_model(base, recipe)
-    randomize_adapters(theirs)
-    start = our_tensors(weights.__getitem__, recipe.model, whole=True)
-    copy_into(run.unwrapped_model, start | adapters_in(theirs, recipe))
-    run.optimizer.reload_model_params()
-    return run, theirs
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_step_on_pairs_has_the_loss_and_gradients_of_the_formula(smoothing: float) -> None:
     recipe = preferring(smoothing)
-    run, theirs = run_beside(recipe)
+    run, theirs, _ = run_beside(recipe)
     pack = pairs_pack()
     assert pack.loss_weights is not None
     with torch.no_grad(), theirs.disable_adapter():

@@ -240,11 +240,11 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: prompts and tiles do not go together.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("one of input_ids and inputs_embeds is needed, and not both")
-        if input_ids is not None:
-            prefill = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+        prefill = past_key_values is None or int(past_key_values.get_seq_length()) == 0
+        if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self._embedded(input_ids, pixel_values, prefill=prefill)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("one of input_ids and inputs_embeds is needed, and not both")
         elif pixel_values is not None:
             raise ValueError("pixel_values need input_ids, which say where their features belong")
         found = self.model(
@@ -254,11 +254,9 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             **options,
         )
-        hidden = found.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            logits = self.lm_head(hidden[:, -logits_to_keep:])
-        else:
-            logits = self.lm_head(hidden[:, logits_to_keep])
+        # -0 keeps all.
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(found.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
