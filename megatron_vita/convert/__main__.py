@@ -38,7 +38,7 @@ def from_hf(
         str,
         typer.Option(
             help="Kind of the projector to initialize if no source has one: long_vita, or internvl, "
-            "whose exports transformers and vLLM load without the code in them."
+            "whose exports transformers loads by itself."
         ),
     ] = "long_vita",
     ignore_field: Annotated[

@@ -80,10 +80,10 @@ def prospect(model: ModelConfig) -> str:
     if chosen is LONG_VITA:
         return (
             f"exports have format {LONG_VITA.name}, which transformers opens with the modelling "
-            "files in them (trust_remote_code=True), and vLLM and others do not; "
-            f"--projector {INTERNVL_HF.projector} makes a model that they open"
+            "files in them (trust_remote_code=True); "
+            f"--projector {INTERNVL_HF.projector} makes a model that it opens by itself"
         )
-    return f"exports have format {chosen.name}, which transformers, vLLM and others open"
+    return f"exports have format {chosen.name}, which transformers opens by itself"
 
 
 def _misfit(folder_format: FolderFormat, model: ModelConfig) -> str | None:

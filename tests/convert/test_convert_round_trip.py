@@ -218,9 +218,13 @@ def test_the_command_line_converts_and_verifies_both_ways(
 @pytest.mark.parametrize(
     ("projector", "tower", "said"),
     [
-        ("long_vita", "internvit", "modelling files in them (trust_remote_code=True), and vLLM"),
-        ("long_vita", "internvit", "--projector internvl makes a model that they open"),
-        ("internvl", "internvit", "format internvl-hf, which transformers, vLLM and others open"),
+        (
+            "long_vita",
+            "internvit",
+            "opens with the modelling files in them (trust_remote_code=True)",
+        ),
+        ("long_vita", "internvit", "--projector internvl makes a model that it opens by itself"),
+        ("internvl", "internvit", "format internvl-hf, which transformers opens by itself"),
         ("long_vita", "clip", "no format holds all of the model (format long-vita cannot say"),
         ("internvl", "siglip", "no format holds all of the model (format internvl-hf cannot say"),
     ],
