@@ -15,6 +15,7 @@ from megatron_vita.data.planning.plan import PackPlan, read_plan
 from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.encoding import SampleEncoder
+from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.shards.index import SampleIndex, read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.storage import Location
@@ -116,9 +117,9 @@ def _of_dataset(source: Source, split: str, encoder: SampleEncoder) -> DatasetSt
         tokens=_joined([found.tokens for found in lengths]),
         tiles=_joined([found.tiles for found in lengths]),
         loss_tokens=_joined([found.loss_tokens for found in lengths]),
-        images=_joined([_counts(index, "image_widths") for index in indexes]),
-        videos=_joined([_counts(index, "video_frames") for index in indexes]),
-        seconds=_joined([index.ragged("video_durations")[0] for index in indexes]),
+        images=_joined([_own(index, "image_widths")[1] for index in indexes]),
+        videos=_joined([_own(index, "video_frames")[1] for index in indexes]),
+        seconds=_joined([_own(index, "video_durations")[0] for index in indexes]),
         downscaled=_downscaled(indexes, encoder),
         left_out=sum(_left_out(shard) for shard in source.shards),
         rejected=read_rejections(source.shards),
@@ -130,15 +131,23 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
-def _counts(index: SampleIndex, name: str) -> np.ndarray:
-    return index.ragged(name)[1].astype(np.int64)
+def _own(index: SampleIndex, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read a column of the samples' media, as `SampleIndex.ragged`; a pair's, which stand in it for
+    each of its conversations, once."""
+    values, counts = index.ragged(name)
+    kinds, pieces = index.ragged("piece_kinds")
+    pairs = np.searchsorted(np.cumsum(pieces), np.flatnonzero(kinds == Kind.BOUNDARY), side="right")
+    own = counts.astype(np.int64)
+    own[pairs] //= 2
+    place = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return values[place < np.repeat(own, counts)], own
 
 
 def _downscaled(indexes: Sequence[SampleIndex], encoder: SampleEncoder) -> float:
     """Share of the images that lose pixels: they have more than the grid that shows them."""
     names = ("image_widths", "image_heights")
     sizes = np.concatenate(
-        [np.stack([index.ragged(name)[0] for name in names], axis=1) for index in indexes]
+        [np.stack([_own(index, name)[0] for name in names], axis=1) for index in indexes]
     )
     # Few sizes are distinct, and choosing the grid of each of a million images takes minutes.
     distinct, counts = np.unique(sizes, axis=0, return_counts=True)

@@ -130,9 +130,9 @@ def blank_document(row: SampleRow, *, tokens: int, tiles: int, encoder: SampleEn
     # Attention has the same bounds on ranks that can read the sample.
     rejected_start = 0
     if row.is_pair:
-        kinds = [piece.kind for piece in _measured(row, encoder)]
-        lengths = [piece.tokens for piece in _measured(row, encoder)]
-        rejected_start = sum(lengths[: kinds.index(Kind.BOUNDARY) + 1])
+        pieces = _measured(row, encoder)
+        boundary = [piece.kind for piece in pieces].index(Kind.BOUNDARY)
+        rejected_start = sum(piece.tokens for piece in pieces[: boundary + 1])
     return Document(
         key=row.key,
         input_ids=np.full(tokens, encoder.tokenizer.pad_id, dtype=np.int64),

@@ -6,8 +6,10 @@ conversation, as in ms-swift.
 """
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from megatron_vita.data.samples.foreign_turns import PAIRS as TURN_PAIRS
 from megatron_vita.data.samples.foreign_turns import ROLE_FIELDS, decode_turns, read_chat
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.media_fields import has_media_fields, is_filled
@@ -70,8 +72,8 @@ def take_preference(fields: dict[str, Any], *, chats: tuple[str, ...]) -> Prefer
     return _preferred(
         rest,
         chat,
-        chosen=_answer_turns(fields["chosen"]),
-        rejected=_answer_turns(fields["rejected"]),
+        chosen=_answer_turns(fields["chosen"], "chosen"),
+        rejected=_answer_turns(fields["rejected"], "rejected"),
     )
 
 
@@ -142,7 +144,7 @@ def _without_question(rest: dict[str, Any], asker: str, turns: list[Any]) -> dic
         is_repeated = question in [message["content"] for message in read_chat(turns).messages]
     else:
         asked = _as_list(question, asker)
-        is_repeated = asked == turns[: len(asked)]
+        is_repeated = read_chat(asked) == read_chat(turns[: len(asked)])
     if not is_repeated:
         raise DataError(
             f"{asker} is {question!r:.80}, which is no turn of chosen: one question is needed "
@@ -162,11 +164,17 @@ def _asking_turns(turns: list[Any], name: str) -> list[Any]:
 
 
 def _check_same_question(chosen: list[Any], rejected: list[Any], *, names: tuple[str, str]) -> None:
-    if chosen[:-1] != rejected[:-1]:
-        raise DataError(
-            f"{names[0]} and {names[1]} differ before their last turns: answers to the same turns "
-            "are needed"
-        )
+    asked = [read_chat(turns[:-1]) for turns in (chosen, rejected)]
+    if asked[0] == asked[1]:
+        return
+    messages = zip_longest(asked[0].messages, asked[1].messages)
+    differing = ((i, one, other) for i, (one, other) in enumerate(messages) if one != other)
+    # Else it is their media.
+    i, one, other = next(differing, (0, asked[0].media, asked[1].media))
+    raise DataError(
+        f"{names[0]} and {names[1]} differ before their last turns, at turn {i}: {one!r:.80} and "
+        f"{other!r:.80}: answers to the same turns are needed"
+    )
 
 
 def _decoded(value: Any) -> Any:
@@ -183,15 +191,16 @@ def _decoded(value: Any) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(name in value for name in (*ROLE_FIELDS, "user"))
+    names = (*ROLE_FIELDS, "user", "human")
+    return isinstance(value, Mapping) and any(name in value for name in names)
 
 
-def _answer_turns(value: Any) -> list[Any]:
+def _answer_turns(value: Any, name: str) -> list[Any]:
     """Return the turns of an answer; its text alone, or a single turn, is one."""
     value = _decoded(value)
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    return _as_list(value, "an answer")
+    return _as_list(value, name)
 
 
 def _chat_turns(value: Any, name: str) -> list[Any]:
@@ -201,10 +210,21 @@ def _chat_turns(value: Any, name: str) -> list[Any]:
 
 def _as_list(value: Any, name: str) -> list[Any]:
     if isinstance(value, Mapping):
-        return [value]
+        value = [value]
     if isinstance(value, list) and value:
-        return value
-    raise DataError(f"{name} is {value!r:.80}: turns are needed")
+        return [single for turn in value for single in _single_turns(turn)]
+    raise DataError(f"{name} is {value!r:.80}: text or turns are needed")
+
+
+def _single_turns(turn: Any) -> list[Any]:
+    """Part a turn of question and answer, such as {user, assistant}; return any other as it is."""
+    is_both = isinstance(turn, Mapping) and any({*pair} <= turn.keys() for pair in TURN_PAIRS)
+    if not is_both:
+        return [turn]
+    messages, media = read_chat([turn])
+    if any(media.values()):
+        raise DataError(f"{turn!r:.80} has media: a turn of its own is needed for its question")
+    return messages
 
 
 def _answer(turn: Any, name: str) -> str:
