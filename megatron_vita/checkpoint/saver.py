@@ -136,6 +136,10 @@ class Saver:
         if checkpoint.exists():
             note_scores(checkpoint, self._scores[step])
 
+    def forget_scores(self, *, after: int) -> None:
+        """Forget the metrics of steps after `after`, which are done again."""
+        self._scores = {at: known for at, known in self._scores.items() if at <= after}
+
     def abort(self) -> None:
         """Give up the save under way; the next one removes what it has written."""
         if self._save is not None and self._save.process is not None:

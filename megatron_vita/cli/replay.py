@@ -101,7 +101,8 @@ def replay_run(folder: Path, step: int) -> None:
 
 def _rows(record: RunRecord) -> dict[int, Row]:
     """Return the rows with the numbers of each step, also of one that has stopped the run."""
-    return record.faults | record.steps
+    stopped = {step: row for step, row in record.faults.items() if row.get("action") == "stop"}
+    return stopped | record.steps
 
 
 def _logged(row: Row) -> "LoggedStep":

@@ -70,7 +70,6 @@ def _loop(run: Run, hooks: Hooks) -> None:
             metrics = train_step(run, batches)
             if metrics.rolls_back:
                 batches = _roll_back(run, batches, stops=metrics.stops)
-                hooks.call("on_rollback", metrics.step)
                 continue
             hooks.after_step(metrics)
             if metrics.stops and run.step < steps:
@@ -86,6 +85,9 @@ def _roll_back(run: Run, batches: FinalBatches, *, stops: bool) -> FinalBatches:
     batches.close_together()
     faulty = run.step + 1
     resume = take_back(run)
+    assert run.hooks is not None
+    # Before the restore, which a run may not come to the end of.
+    run.hooks.call("on_take_back", faulty, back_to=resume.step)
     # Who stops a run may not wait for a restore.
     if stops:
         raise StoppedError(
@@ -93,7 +95,9 @@ def _roll_back(run: Run, batches: FinalBatches, *, stops: bool) -> FinalBatches:
             f"rolled back to step {resume.step}: run the same command to resume"
         )
     restore(run, resume)
-    return train_batches(run)
+    batches = train_batches(run)
+    run.hooks.call("on_rollback", faulty)
+    return batches
 
 
 def _stop_message(run: Run) -> str:

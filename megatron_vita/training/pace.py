@@ -37,6 +37,11 @@ class Pace:
             self._rest = 0.0
         self._add(part, seconds)
 
+    def restart(self) -> None:
+        """Leave out the time since the last step, as of a rollback, and measure from now on."""
+        self._marked = time.perf_counter()
+        self._rest = 0.0
+
     def left(self, step: int) -> float:
         """Seconds from the end of `step`, whose own saving and validation are still to come."""
         seconds = (self._steps - step) * self._seconds.get("step", 0.0)

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from megatron_vita.checkpoint.claim import Claim
+from megatron_vita.cli.replay import read_replayed
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.data.batch import Batch
 from megatron_vita.errors import (
@@ -43,6 +44,7 @@ from tests.functional.rollback_runs import (
     train_spoilt,
     train_without,
 )
+from tests.training.damage import TENSORS, flip
 
 
 @pytest.fixture(scope="module")
@@ -206,12 +208,61 @@ def test_a_run_that_ends_before_the_restore_resumes_as_rolled_back(
                 train_spoilt(here, StopsIn(5))
     assert (folder / "latest").read_text() == "step_00000002"
     assert len(read_skipped(folder)) == 1
+    record = read_run(folder)
+    assert (sorted(record.steps), record.faults) == ([1, 2], {})
+    with pytest.raises(ConfigError, match="has logged steps 1 to 2"):
+        read_replayed(folder, 4)
     if way == "stopped":
+        check_a_fault_that_is_rolled_back_is_no_step(folder)
         return
     resumed = Keeps()
     train(here, callbacks=[resumed])
     assert resumed.packs == packs_of(3, 8) | packs_of(4, 20) | packs_of(5, 24) | packs_of(6, 28)
     assert equal(resumed.end, reference.end)
+
+
+def check_a_fault_that_is_rolled_back_is_no_step(folder: Path) -> None:
+    """As of a run that was killed before it could note its rollback."""
+    rows = [json.dumps(row) + "\n" for row in rows_of(folder) if row["event"] != "rollback"]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    assert sorted(read_run(folder).faults) == [5]
+    with pytest.raises(ConfigError, match="has logged steps 1 to 4"):
+        read_replayed(folder, 5)
+
+
+class Damages(Callback):
+    """Damages the checkpoint that a rollback is about to restore, and looks into new ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.scored: list[tuple[int, bool]] = []
+
+    def on_take_back(self, run: Run, step: int, *, back_to: int) -> None:
+        flip(self._folder / f"step_{back_to:08d}" / TENSORS, 0.5)
+
+    def on_save(self, run: Run, path: Path) -> None:
+        self.scored.append((run.step, (path / "scores.json").exists()))
+
+
+def test_nothing_is_known_of_steps_taken_back_by_a_restore_of_an_older_checkpoint(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    fields = {
+        "checkpoint.save": str(folder),
+        "checkpoint.save_interval": 1,
+        "checkpoint.keep_best": 1,
+        "checkpoint.async_save": False,
+        "training.eval_interval": 1,
+        "training.train_iters": 4,
+        "numerics.rollback_steps": 1,
+    }
+    damages = Damages(folder)
+    train_spoilt(recipe.replaced(fields), damages, step=4)
+    back_to = [row["step"] for row in rows_of(folder) if row["event"] == "rollback"]
+    assert back_to == [3, 2]
+    # A step is validated, and so scored, after its save.
+    assert damages.scored == [(step, False) for step in (1, 2, 3, 3, 4)]
 
 
 def test_a_job_that_has_lost_its_folder_sets_nothing_back(tmp_path: Path) -> None:

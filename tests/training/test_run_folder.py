@@ -25,6 +25,7 @@ from megatron_vita.report.reading import read_run
 from megatron_vita.sizes import readable_bytes
 from megatron_vita.training import environment, pace
 from megatron_vita.training.callbacks import Callback, optional
+from megatron_vita.training.callbacks.console import LogCallback
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import Run
 from megatron_vita.training.run_folder import RunLog, note_start, take_back_recipes
@@ -193,6 +194,26 @@ def test_time_left_counts_saving_and_validation_and_forgets_warm_up(
     assert clock.left(10) == pytest.approx(15 * 2.5 + 4 * 7 + 3 * 30)
     assert clock.left(25) == pytest.approx(7 + 30)
     assert pace.clock(3723.9) == "1:02:03"
+
+
+def test_time_left_counts_no_rollback(monkeypatch: pytest.MonkeyPatch, recipe_path: Path) -> None:
+    now = 0.0
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now)
+    fields = ["training.train_iters=25", "training.eval_interval=0"]
+    clock = pace.Pace(load_recipe(recipe_path, fields))
+    callback = LogCallback(clock)
+    run = cast(Run, None)
+    for _ in range(3):
+        now += 2.0
+        clock.mark("step")
+    now += 1.0
+    callback.before_step(run)
+    now += 500.0  # the faulty step, and the restore
+    callback.on_rollback(run, 4)
+    callback.before_step(run)
+    now += 2.0
+    clock.mark("step")
+    assert clock.left(3) == pytest.approx(22 * 2.0)
 
 
 class Terminal(io.StringIO):

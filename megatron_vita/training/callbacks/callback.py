@@ -52,6 +52,13 @@ class Callback:
         `after_step` follows it if it is skipped. After a rollback it never counted.
         """
 
+    def on_take_back(self, run: "Run", step: int, *, back_to: int) -> None:
+        """Follow the decision to roll back for faulty step `step`, before anything is restored.
+
+        The run's folder is set back: the run, or its next start, does the steps after `back_to`
+        again. `on_rollback` follows, unless the run is told to stop or the restore fails.
+        """
+
     def on_rollback(self, run: "Run", step: int) -> None:
         """Follow a rollback for faulty step `step`: `run.step` steps are done again."""
 

@@ -56,6 +56,10 @@ class LogCallback(Callback):
         """Begin to measure the step."""
         self._pace.mark("rest")
 
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Leave the rollback and its faulty step out of the time of the next step."""
+        self._pace.restart()
+
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Log the step or the validation."""
         if metrics.held_out:

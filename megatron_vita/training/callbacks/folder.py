@@ -37,6 +37,7 @@ class FolderCallback(Callback):
         self._log = log
         self._metrics: TextIO | None = None
         self._has_failed = False
+        self._taken_back_to = 0  # step, by the last rollback
 
     def on_start(self, run: Run) -> None:
         """Append to what earlier starts have recorded, without a torn last line.
@@ -87,12 +88,18 @@ class FolderCallback(Callback):
             },
         )
 
-    def on_rollback(self, run: Run, step: int) -> None:
-        """Note that the steps after this one are done again, with the recipe of now."""
+    def on_take_back(self, run: Run, step: int, *, back_to: int) -> None:
+        """Note that the steps after `back_to` are done again, with the recipe of now."""
+        self._taken_back_to = back_to
         if self._metrics is None:
             return
-        take_back_recipes(self._folder, run.step)
-        self._write("rollback", run.step, {"faulty": step})
+        take_back_recipes(self._folder, back_to)
+        self._write("rollback", back_to, {"faulty": step})
+
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Note it again if an older checkpoint had to be restored."""
+        if run.step != self._taken_back_to:
+            self.on_take_back(run, step, back_to=run.step)
 
     def on_save(self, run: Run, path: Path) -> None:
         """Note the checkpoint, which may be of an earlier step."""

@@ -75,6 +75,10 @@ class SaveCallback(Callback):
             run.enter("saving")
             self._finish(run)
 
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Forget the metrics of steps that are done again."""
+        self._saver.forget_scores(after=run.step)
+
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Note the metric that `keep_best` compares, for the checkpoint of this step."""
         checkpoint = run.recipe.checkpoint
