@@ -35,7 +35,6 @@ from tests.data.toy_data import World, clip, picture, talk, toy_recipe
 from tests.forked import run_program
 from tests.indexes import index_of, index_shard
 
-SYSTEM = {"role": "system", "content": "Be kind."}
 MEDIA = {"image": [ShardMedia(".png", picture((90, 180), "red"))]}
 FILM = MEDIA | {"video": [ShardMedia(".mp4", clip())]}
 SAMPLES: list[tuple[dict[str, Any], dict[str, list[ShardMedia]]]] = [
