@@ -3,8 +3,11 @@
 import base64
 import binascii
 import io
+import math
 import os
+import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import httpx
@@ -13,6 +16,7 @@ from PIL import Image, ImageOps
 
 try:
     import av
+    from av.stream import Disposition
 except ImportError:
     av = None  # type: ignore[assignment]
 
@@ -26,6 +30,23 @@ class FrameSampling(NamedTuple):
     max_fps: float
     max_frames: int
     wanted: bool | None
+
+
+class _Timeline(NamedTuple):
+    """Times of a video's frames: ascending time stamps, their unit and the duration in seconds.
+
+    `is_decoding_order` is true if the file has only time stamps of decoding, although its frames
+    are shown in another order (AVI): then frames get the stamps in the order they are shown.
+    """
+
+    stamps: list[int]
+    unit: float
+    duration: float
+    is_decoding_order: bool
+
+    def seconds(self, stamp: int) -> float:
+        """Return the time of a stamp in seconds from the first frame."""
+        return (stamp - self.stamps[0]) * self.unit
 
 
 def images_of(given: Any) -> Iterator[np.ndarray]:
@@ -112,37 +133,127 @@ def _sampled(path: str, *, max_fps: float, max_frames: int) -> list[np.ndarray]:
     """Decode the frames that a file shows in the middles of equal parts."""
     if av is None:
         raise ValueError(f"{path}: PyAV reads video files: install av, or give frames")
-    starts, duration = _frame_starts(path)
+    timeline = _timeline(path)
+    starts = np.array([timeline.seconds(stamp) for stamp in timeline.stamps])
+    duration = timeline.duration
     number = max(1, min(int(duration * max_fps + 1e-6), max_frames, len(starts)))
-    times = [(index + 0.5) * duration / number for index in range(number)]
-    places = np.searchsorted(np.array(starts), np.array(times) + _TOLERANCE, side="right") - 1
-    wanted = {int(place) for place in places}
-    kept: dict[int, np.ndarray] = {}
-    with av.open(path) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
-                pixels = frame.to_ndarray(format="rgb24")
-                kept[index] = np.rot90(pixels, k=round(frame.rotation / 90))
-            if len(kept) == len(wanted):
-                break
-    if len(kept) < len(wanted):
-        raise ValueError(f"{path}: {len(kept)} of {len(wanted)} frames can be decoded")
-    return [kept[int(place)] for place in places]
+    times = (np.arange(number) + 0.5) * duration / number
+    places = np.searchsorted(starts, times + _TOLERANCE, side="right") - 1
+    wanted = [timeline.stamps[int(place)] for place in places]
+    kept = _decoded(path, timeline, set(wanted))
+    if missing := sorted(set(wanted) - kept.keys()):
+        shown = ", ".join(f"{timeline.seconds(stamp):.3f}" for stamp in missing[:5])
+        raise ValueError(
+            f"{path}: {len(missing)} of {number} frames cannot be decoded, at {shown} seconds: "
+            "repair the file, or give frames"
+        )
+    return [kept[stamp] for stamp in wanted]
 
 
-def _frame_starts(path: str) -> tuple[list[float], float]:
-    """Read times of all frames in seconds from the first, ascending, and the video's duration."""
+def _timeline(path: str) -> _Timeline:
+    """Read the times of all frames that a file shows."""
     with av.open(path) as container:
-        stream = container.streams.video[0]
+        stream = _video_stream(container, path)
         unit = float(stream.time_base or 0)
         packets = [
             (packet.pts, packet.duration)
             for packet in container.demux(stream)
-            if packet.size and not packet.is_discard
+            if packet.size and not packet.is_discard and not _is_hidden(packet)
         ]
         rate = float(stream.average_rate or 25)
-    known = sorted((pts, duration or 0) for pts, duration in packets if pts is not None)
+        reorders = bool(stream.codec_context.has_b_frames)
+    known = [(pts, duration or 0) for pts, duration in packets if pts is not None]
     if not known or len(known) < len(packets):
         raise ValueError(f"{path}: has no frames with times: give frames instead")
-    starts = [(pts - known[0][0]) * unit for pts, _ in known]
-    return starts, starts[-1] + (known[-1][1] * unit or 1 / rate)
+    ascending = sorted(known)
+    stamps = [pts for pts, _ in ascending]
+    return _Timeline(
+        stamps=stamps,
+        unit=unit,
+        duration=(stamps[-1] - stamps[0]) * unit + (ascending[-1][1] * unit or 1 / rate),
+        # Frames that refer to later ones follow these in the file: their times cannot ascend.
+        is_decoding_order=reorders and known == ascending,
+    )
+
+
+def _is_hidden(packet: Any) -> bool:
+    """Return true for a frame of VP8 that others refer to, and that is never shown itself."""
+    # RFC 6386, section 9.1: bit 4 of a frame is show_frame.
+    return packet.stream.codec_context.codec.canonical_name == "vp8" and not bytes(packet)[0] & 0x10
+
+
+def _video_stream(container: Any, path: str) -> Any:
+    """Select FFmpeg's best video stream, but no attached picture (cover art)."""
+    streams = [
+        stream
+        for stream in container.streams.video
+        if stream.codec_context and not stream.disposition & Disposition.attached_pic
+    ]
+    if not streams:
+        raise ValueError(f"{path}: has no video stream that can be decoded")
+    best = container.streams.best("video")
+    return next((stream for stream in streams if stream is best), streams[0])
+
+
+def _decoded(path: str, timeline: _Timeline, wanted: set[int]) -> dict[int, np.ndarray]:
+    """Decode frames by their time stamps; those that cannot be decoded are left out."""
+    kept: dict[int, np.ndarray] = {}
+    count = 0
+    with av.open(path) as container:
+        for frame in _frames(container, _video_stream(container, path)):
+            stamp = frame.pts
+            if timeline.is_decoding_order and count < len(timeline.stamps):
+                stamp = timeline.stamps[count]
+            count += 1
+            if stamp in wanted and stamp not in kept:
+                kept[stamp] = _upright(frame, path)
+            if len(kept) == len(wanted) and not timeline.is_decoding_order:
+                break
+    # Frames that are counted are known only if none is lost.
+    if timeline.is_decoding_order and count != len(timeline.stamps):
+        raise ValueError(
+            f"{path}: {count} of {len(timeline.stamps)} frames can be decoded, and no time stamps "
+            "tell which: repair the file, or give frames"
+        )
+    return kept
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Decode frames in the order they are shown, without those of damaged packets."""
+    for packet in container.demux(stream):
+        frames = []
+        with suppress(av.FFmpegError):
+            frames = packet.decode()
+        yield from frames
+
+
+def _upright(frame: Any, path: str) -> np.ndarray:
+    """Return a frame as its display matrix turns and mirrors it, uint8 [height, width, 3]."""
+    pixels = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    # ISO 14496-12: a point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    # A zero row collapses the picture: no angle can be computed.
+    if not (a or c) or not (b or d):
+        return pixels
+    cos = a / math.hypot(a, c)
+    sin = b / math.hypot(b, d)
+    angle = round(math.degrees(math.atan2(sin, cos))) % 360
+    if angle % 90:
+        raise ValueError(
+            f"{path}: its display matrix turns by {angle} degrees: a multiple of 90 is needed"
+        )
+    if abs(cos) > abs(sin):
+        return _flipped(pixels, rows=d < 0, columns=a < 0)
+    return _flipped(pixels.transpose(1, 0, 2), rows=b < 0, columns=c < 0)
+
+
+def _flipped(pixels: np.ndarray, *, rows: bool, columns: bool) -> np.ndarray:
+    """Reverse the order of rows, of columns, or of both."""
+    if rows:
+        pixels = pixels[::-1]
+    if columns:
+        pixels = pixels[:, ::-1]
+    return pixels
