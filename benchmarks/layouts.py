@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +50,7 @@ COLUMNS = (
 )
 
 
-def value_of(recipe: Recipe, field: str) -> Any:
-    """Value of a field by its dotted name."""
-    group, _, name = field.partition(".")
-    return getattr(getattr(recipe, group), name)
-
-
-USUAL = {field: value_of(Recipe(), field) for field in GOVERNED}
+USUAL = {field: attrgetter(field)(Recipe()) for field in GOVERNED}
 
 
 class Found(NamedTuple):
@@ -118,7 +113,7 @@ def named_fields(recipe: Recipe) -> dict[str, Any]:
     return {
         field: value
         for field in (*GOVERNED, *(LEANEST if is_lean(recipe) else ()))
-        if (value := value_of(recipe, field)) != USUAL.get(field)
+        if (value := attrgetter(field)(recipe)) != USUAL.get(field)
     }
 
 

@@ -273,8 +273,9 @@ def inspect(
     fault: Annotated[
         Path | None,
         typer.Option(
-            help="Show this report of a step that was skipped or stopped the run, "
-            "RUN/faults/step_N_pack_P.json, and its worst pack; RECIPE is RUN/recipe.yaml."
+            help="Show this report of a step that a rule of numerics refused (stop, skip or "
+            "rollback), RUN/faults/step_N_pack_P.json, and its worst pack; RECIPE is "
+            "RUN/recipe.yaml."
         ),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,

@@ -57,10 +57,12 @@ def inspect_fault(recipe: Recipe, path: Path, *, png: Path | None, max_height: i
     if recipe.dpo.beta:
         unit = "pairs"
     lines = [str(report)]
-    kind = "largest gradients, after clipping:" if report.are_clipped else "largest gradients"
+    kind = "largest gradients"
+    if report.are_clipped:
+        kind += " after clipping"
     for rank, values in report.gradients.items():
         shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        lines.append(f"{rank}: {kind} {shown or 'none'}")
+        lines.append(f"{rank}: {kind}: {shown or 'none'}")
     for pack in report.packs:
         keys = ", ".join(pack.samples)
         lines.append(

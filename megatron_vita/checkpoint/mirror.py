@@ -20,10 +20,10 @@ from fsspec.callbacks import Callback
 from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.manifest import MANIFEST, SCORES
 from megatron_vita.checkpoint.retention import Retention, is_name
-from megatron_vita.checkpoint.saver import LATEST
+from megatron_vita.checkpoint.saver import LATEST, set_latest
 from megatron_vita.checkpoint.writing import Progress, WriterProcess, Written
 from megatron_vita.errors import ConfigError, SaveError
-from megatron_vita.files import atomic_write, publish
+from megatron_vita.files import publish
 from megatron_vita.stores import with_retries
 
 LAST_ATTEMPTS = 3
@@ -113,8 +113,7 @@ class Mirror:
             target.parent.mkdir(parents=True, exist_ok=True)
             with_retries(functools.partial(self._store.get_file, source, str(target)), source)
         publish(partial, folder / name)
-        with atomic_write(folder / LATEST) as pointer:
-            pointer.write_text(name)
+        set_latest(folder / name)
         return folder / name
 
     def _names(self) -> list[str]:

@@ -176,8 +176,7 @@ class Saver:
         # In this order, `latest` names a complete checkpoint at any moment, and an older one is
         # deleted only after it is no longer the one to resume from.
         publish(save.temporary, save.final)
-        with atomic_write(self.folder / LATEST) as partial:
-            partial.write_text(save.final.name)
+        set_latest(save.final)
         self._retention.prune(self.folder, newest=save.final)
 
     def _complete(self, save: "_Save", written: list[Written]) -> None:
@@ -220,6 +219,12 @@ class _Save:
         # For lack of memory, on this rank alone: `finish` reports it to the others.
         except (OSError, RuntimeError, MemoryError) as error:
             self.written = Written(error=str(error))
+
+
+def set_latest(checkpoint: Path) -> None:
+    """Make a checkpoint the one that a run resumes from."""
+    with atomic_write(checkpoint.parent / LATEST) as partial:
+        partial.write_text(checkpoint.name)
 
 
 def by_first(action: Callable[[], None]) -> None:

@@ -18,7 +18,6 @@ from megatron_vita.checkpoint.retention import Retention, is_saved, step_of
 from megatron_vita.checkpoint.saver import LATEST, Saver
 from megatron_vita.config import ModelConfig, Recipe, recipe_from_dict
 from megatron_vita.errors import CheckpointError, DamagedCheckpointError
-from megatron_vita.files import atomic_write
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -72,12 +71,6 @@ def latest_name(folder: str | Path) -> str:
         return ""
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{Path(folder) / LATEST}: cannot be read: {error}") from error
-
-
-def set_latest(checkpoint: Path) -> None:
-    """Make a checkpoint the one that a run resumes from."""
-    with atomic_write(checkpoint.parent / LATEST) as partial:
-        partial.write_text(checkpoint.name)
 
 
 def latest_checkpoint(

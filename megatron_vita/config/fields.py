@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.sizes import counted
 
 NEED = re.compile(r"(\w+)(?:(=|>)(.+))?")
 """A needed field: its name, and the value that it must have or exceed."""
@@ -189,7 +190,7 @@ def _check_value(field: dataclasses.Field[Any], hint: Any, value: Any, name: str
         require(is_right, f"{name} is {value!r:.40}: it must be {bounds}")
     if fewest := field.metadata.get("min_length"):
         has_enough = isinstance(value, list) and len(value) >= fewest
-        require(has_enough, f"{name} is {value!r}: it must have at least {fewest} item")
+        require(has_enough, f"{name} is {value!r}: it must have at least {counted(fewest, 'item')}")
     is_list = isinstance(value, list) and get_origin(hint) is list
     values = value if is_list else [value]
     if known := choices_of(field, hint):

@@ -1,6 +1,7 @@
 """Miniature of a recipe: the same stage at toy size, for few processes and synthetic data."""
 
 import math
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,7 @@ def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe
     }
     changes |= _shrink_schedule(recipe) | _shrink_training(recipe, parallel, world_size)
     for folder in FOLDERS:
-        group, _, name = folder.partition(".")
-        if path := getattr(getattr(recipe, group), name):
+        if path := attrgetter(folder)(recipe):
             changes[folder] = path + SUFFIX
     if not (recipe.training.bf16 and bf16):
         changes["training.bf16"] = False

@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,12 @@ def layout_changes(recipe: Any, changes: Mapping[str, Any]) -> Fields:
     if not name:
         return {}
     later = layout_fields(name)
+    defaults = type(recipe)()
     reset: Fields = {}
     for field, value in known_layouts().get(recipe.parallel.layout, {}).items():
-        group, _, attribute = field.partition(".")
-        ours = getattr(recipe, group)
-        if field not in later and getattr(ours, attribute) == value:
-            reset[field] = getattr(type(ours)(), attribute)
+        value_of = attrgetter(field)
+        if field not in later and value_of(recipe) == value:
+            reset[field] = value_of(defaults)
     return reset | later
 
 

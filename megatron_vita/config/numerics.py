@@ -49,8 +49,8 @@ class NumericsConfig:
 
     compare_weights_steps: int = described(
         0,
-        "Steps between comparisons of the weights that replicas hold, by hash, of which there is "
-        "one before each save, too; the run stops if they differ; 0: none.",
+        "Compare the replicas' weights (by hash) every so many steps and before each save; the run "
+        "stops if they differ; 0: never.",
         ge=0,
     )
 

@@ -3,6 +3,7 @@ transformers builds the same prompts and pixels as the recipe."""
 
 import json
 import logging
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,7 @@ def warn_of_differences(folder_format: FolderFormat, recipe: Recipe) -> None:
         "media.video_fit": "squash",
     }
     for name, written in settings.items():
-        group, field = name.split(".")
-        trained = getattr(getattr(recipe, group), field)
+        trained = attrgetter(name)(recipe)
         if trained != written:
             logger.warning(
                 "%s is %r, but format %s means %r: loaded from it, the model gets other "

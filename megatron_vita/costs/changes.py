@@ -1,5 +1,6 @@
 """Differences between recipes, as changed fields and as overrides."""
 
+from operator import attrgetter
 from typing import Any
 
 from megatron_vita.config import Recipe
@@ -12,9 +13,9 @@ def differences(before: Recipe, after: Recipe, names: tuple[str, ...]) -> dict[s
     """Return those of the named fields that differ, with their values in `after`."""
     found = {}
     for name in names:
-        group, _, field = name.partition(".")
-        value = getattr(getattr(after, group), field)
-        if value != getattr(getattr(before, group), field):
+        value_of = attrgetter(name)
+        value = value_of(after)
+        if value != value_of(before):
             found[name] = value
     return found
 

@@ -120,13 +120,11 @@ def _faulty_pack(run: "Run", pack: int, loss: float, rows: int) -> FaultyPack:
 def _largest_gradients(run: "Run") -> dict[str, float]:
     """Return the largest magnitude of the worst parameters' gradients on this rank."""
     found = {}
-    for i, chunk in enumerate(run.chunks):
-        place = f"chunk {i}: " if len(run.chunks) > 1 else ""
-        for name, parameter in chunk.module.named_parameters():
-            gradient = getattr(parameter, "main_grad", None)
-            if gradient is not None:
-                low, high = gradient.aminmax()  # without a copy of them, unlike abs()
-                found[f"{place}{name}"] = torch.maximum(-low, high).float()
+    for name, parameter in run.named_parameters():
+        gradient = getattr(parameter, "main_grad", None)
+        if gradient is not None:
+            low, high = gradient.aminmax()  # without a copy of them, unlike abs()
+            found[name] = torch.maximum(-low, high).float()
     if not found:
         return {}
     # In one copy: each one from the device waits for it.

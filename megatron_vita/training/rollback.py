@@ -4,8 +4,7 @@ import logging
 from pathlib import Path
 
 from megatron_vita.checkpoint.retention import hide, is_saved
-from megatron_vita.checkpoint.saver import by_first
-from megatron_vita.checkpoint.store import set_latest
+from megatron_vita.checkpoint.saver import by_first, set_latest
 from megatron_vita.errors import VitaError
 from megatron_vita.files import sync
 from megatron_vita.training.resume import ResumePoint

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,15 @@ class Run:
         """The only chunk of a rank without interleaving."""
         (model,) = self.unwrapped_models
         return model
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield this rank's parameters by name, with the chunk where there are several."""
+        for i, model in enumerate(self.unwrapped_models):
+            prefix = ""
+            if len(self.chunks) > 1:
+                prefix = f"chunk {i}: "
+            for name, parameter in model.named_parameters():
+                yield prefix + name, parameter
 
     @property
     def rows_per_tile(self) -> int:

@@ -40,7 +40,10 @@ class SkippedPacks:
             ValueError: there is no pack in it.
         """
         if not 0 <= skipped.start < skipped.stop:
-            raise ValueError(f"packs {skipped.start} up to {skipped.stop} are none")
+            raise ValueError(
+                f"packs {skipped.start} to {skipped.stop}: the range is empty or negative; start must be "
+                "below stop"
+            )
         if skipped not in self._ranges:
             self._ranges.append(skipped)
             self._ranges.sort(key=lambda known: known.start)

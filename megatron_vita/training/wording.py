@@ -1,6 +1,7 @@
 """Text descriptions of recipes, for logs and dry runs."""
 
 from dataclasses import fields
+from operator import attrgetter
 
 from megatron_vita.config import Recipe
 from megatron_vita.config.named_layouts import known_layouts
@@ -51,8 +52,7 @@ def describe_named_layout(recipe: Recipe) -> str:
         return f"layout {name}, which docs/layouts.md no longer has"
     changed = []
     for field, value in known_layouts()[name].items():
-        group, _, attribute = field.partition(".")
-        ours = getattr(getattr(recipe, group), attribute)
+        ours = attrgetter(field)(recipe)
         if ours != value:
             changed.append(f"{field} {ours} instead of {value}")
     return f"layout {name}" + (f", but {', '.join(changed)}" if changed else "")

@@ -52,6 +52,18 @@ def test_bounds_read_as_the_end_of_must_be(bounds: dict[str, Any], words: str) -
     assert str(Bounds(**bounds)) == words
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A list of two."""
+
+    ends: list[int] = described([1, 2], "Ends.", min_length=2)
+
+
+def test_fewest_items_are_counted_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"ends is \[1\]: it must have at least 2 items$"):
+        check_fields(Pair(ends=[1]), "")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

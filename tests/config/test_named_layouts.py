@@ -1,6 +1,7 @@
 """`parallel.layout` stands for parallel sizes and memory levers, after bases and before the rest."""
 
 import dataclasses
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,7 @@ def recipe_of(folder: Path, *overrides: str, **parallel: object) -> Recipe:
 
 
 def fields_of(recipe: Recipe, names: list[str]) -> dict[str, object]:
-    groups = {name: name.split(".") for name in names}
-    return {name: getattr(getattr(recipe, group), field) for name, (group, field) in groups.items()}
+    return {name: attrgetter(name)(recipe) for name in names}
 
 
 @pytest.mark.parametrize("way", ["in the file", "as an override"])

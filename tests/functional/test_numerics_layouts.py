@@ -79,7 +79,7 @@ def check_flipped_bits() -> None:
         run.step = 3
         callback.after_step(run, metrics)  # not yet due
         run.step = 4
-        message = f"step 4: .* after step 2: 1 parameters: {re.escape(name)} on rank 1, of 3 copies"
+        message = f"step 4: .* after step 2: 1 parameter: {re.escape(name)} on rank 1, of 3 copies"
         with pytest.raises(VitaError, match=message):
             callback.after_step(run, metrics)
 

@@ -5,7 +5,8 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 
 from megatron_vita import platform
 from megatron_vita.config import load_recipe, recipe_from_dict
-from megatron_vita.errors import CallbackError, ConfigError, StoppedError
+from megatron_vita.errors import CallbackError, ConfigError, StoppedError, VitaError
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.importing import import_callbacks
@@ -153,6 +154,35 @@ def test_an_error_at_the_end_does_not_hide_the_one_before(
             callbacks=[Watcher(after_step=divide, on_end=close), Watcher()],
         )
     assert "Watcher.on_end, rank 0, step 1: OSError: disk is gone" in caplog.text
+
+
+def test_an_error_that_ends_the_run_does_not_hide_one_of_a_hook_before(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Fails(Callback):
+        def on_fault(self, run: Run, report: Any) -> None:
+            raise OSError("disk is full")
+
+    platform.initialize_process()
+    with caplog.at_level(logging.WARNING), pytest.raises(VitaError, match="diverged"):
+        _end_in_fault(Hooks(cast(Run, SimpleNamespace(step=3)), [Fails()]))
+    (line,) = caplog.messages
+    assert "Fails.on_fault, rank 0, step 3: OSError: disk is full" in line
+    # As the cause of the error, it is in its message.
+    caplog.clear()
+    cause = VitaError("disk is full")
+    hooks = Hooks(cast(Run, SimpleNamespace(step=3)), [])
+    hooks._keep(cause, Fails(), "on_fault")
+    error = CallbackError("disk is full")
+    error.__cause__ = cause
+    hooks._end_failed(error)
+    assert not caplog.messages
+
+
+def _end_in_fault(hooks: Hooks) -> None:
+    with hooks:
+        hooks.call("on_fault", None)
+        raise VitaError("the run diverged")
 
 
 def test_a_callback_of_the_working_folder_is_built_with_its_arguments(

@@ -56,7 +56,7 @@ def test_the_ranks_that_differ_from_most_are_named() -> None:
     found = _name(["same", "one", "none", "last"], copies, [0, 2, 4])
     assert [str(divergence) for divergence in found] == [
         "one on rank 2, of 3 copies",
-        "none on ranks 0, 2, 4, of which no most agree",
+        "none on ranks 0, 2, 4 (no value is held by a majority)",
         "last on rank 4, of 3 copies",
     ]
 
@@ -74,7 +74,7 @@ def test_a_run_compares_at_its_steps_and_before_each_save(
     monkeypatch.setattr(replicas, "find_divergences", find)
     fields = ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=4"]
     fields += [f"checkpoint.save={tmp_path}", "checkpoint.save_interval=3"]
-    message = r"step 3: .* the same after step 2: 1 parameters: weight on rank 1, of 3 copies"
+    message = r"step 3: .* the same after step 2: 1 parameter: weight on rank 1, of 3 copies"
     with pytest.raises(VitaError, match=message):
         train(load_recipe(recipe_path, [*fields, "numerics.compare_weights_steps=2"]))
     assert compared == [2, 3]

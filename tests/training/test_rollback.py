@@ -366,10 +366,10 @@ def test_ranges_that_meet_or_lie_in_one_another_are_left_out_once() -> None:
 
 @pytest.mark.parametrize("stop", [12, 4])
 def test_a_range_without_packs_is_refused(tmp_path: Path, stop: int) -> None:
-    with pytest.raises(ValueError, match=f"packs 12 up to {stop} are none"):
+    with pytest.raises(ValueError, match=f"packs 12 to {stop}: the range is empty"):
         SkippedPacks([SkippedRange(5, 12, stop)])
     write_skipped(tmp_path, SkippedRange(5, 12, stop))
-    with pytest.raises(DataError, match=f"skipped_packs.jsonl: .*packs 12 up to {stop} are none"):
+    with pytest.raises(DataError, match=f"skipped_packs.jsonl: .*packs 12 to {stop}: the range"):
         read_skipped(tmp_path)
 
 

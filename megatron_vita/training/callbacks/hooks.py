@@ -122,6 +122,9 @@ class Hooks:
         self._agree()
 
     def _end_failed(self, error: BaseException) -> None:
+        # Another error may end the run before ranks agree on that of a hook.
+        if self._error is not None and self._error is not error.__cause__:
+            logger.warning("%s", self._message)
         if isinstance(error, StoppedError):
             self._call_last("on_stop")
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.errors import VitaError
 from megatron_vita.parallel import groups
+from megatron_vita.sizes import counted
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
@@ -27,7 +28,7 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Divergence:
     """A parameter whose copies are not the same.
 
-    ranks: those that hold another value than most; all of them if no value is held by most.
+    ranks: those that hold another value than the majority; all of them if there is none.
     """
 
     parameter: str
@@ -39,7 +40,7 @@ class Divergence:
         if len(self.ranks) < self.copies:
             plural = "s" if len(self.ranks) > 1 else ""
             return f"{self.parameter} on rank{plural} {listed}, of {self.copies} copies"
-        return f"{self.parameter} on ranks {listed}, of which no most agree"
+        return f"{self.parameter} on ranks {listed} (no value is held by a majority)"
 
 
 class ReplicaCallback(Callback):
@@ -82,9 +83,10 @@ class ReplicaCallback(Callback):
             self._equal_until = run.step
             return
         listed = "; ".join(map(str, found[:LISTED]))
+        number = counted(len(found), "parameter")
         raise VitaError(
             f"step {run.step}: replicas hold different weights, which were the same after step "
-            f"{self._equal_until}: {len(found)} parameters: {listed}. Nothing is saved of this step; look for a fault "
+            f"{self._equal_until}: {number}: {listed}. Nothing is saved of this step; look for a fault "
             f"of the ranks' devices, remove checkpoints after step {self._equal_until}, and resume"
         )
 
@@ -120,15 +122,10 @@ def find_divergences(run: Run) -> list[Divergence]:
 
 def _named_parameters(run: Run) -> dict[str, Tensor]:
     """Return this rank's parameters, with stage and chunk in their names where there are several."""
-    found = {}
     stage = ""
     if run.recipe.parallel.pipeline_model_parallel_size > 1:
         stage = f"stage {groups.pipeline_rank()}: "
-    for i, model in enumerate(run.unwrapped_models):
-        chunk = f"chunk {i}: " if len(run.chunks) > 1 else ""
-        for name, parameter in model.named_parameters():
-            found[f"{stage}{chunk}{name}"] = parameter
-    return found
+    return {f"{stage}{name}": parameter for name, parameter in run.named_parameters()}
 
 
 def _name(names: list[str], copies: list[list[int]], ranks: list[int]) -> list[Divergence]:
