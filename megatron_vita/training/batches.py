@@ -21,13 +21,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_vita import platform
-from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch, mask_documents
 from megatron_vita.data.loading.ledger import Damage, Ledger, add_up_damage
 from megatron_vita.data.loading.loader import read_packs
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import PackTask
-from megatron_vita.errors import ConfigError
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run
 from megatron_vita.training.streams import packs_of_replicas, packs_of_validation
@@ -37,20 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 def train_batches(run: Run) -> "FinalBatches":
-    """Return this rank's packs of all remaining steps, in order.
-
-    Each step's packs are divided among the replicas by cost.
-
-    Raises:
-        ConfigError: with the packs that rollbacks leave out, the plan is too short.
-    """
+    """Return this rank's packs of all remaining steps, in order, divided among the replicas by
+    cost."""
     assert run.train_stream is not None
     size = run.recipe.training.global_batch_size
     steps = run.recipe.training.train_iters - run.step
     firsts = run.skipped.firsts(run.consumed_packs, steps=steps, size=size)
     plan = run.train_stream.plan
-    needed = run.skipped.consumed_after(run.consumed_packs, steps=steps, size=size)
-    _check_packs(run.recipe, needed, available=plan.num_packs)
     group = groups.data_parallel_group()
     ids = itertools.chain.from_iterable(
         packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()]
@@ -62,20 +53,6 @@ def train_batches(run: Run) -> "FinalBatches":
         path = run.ledger_folder / f"replica_{group.rank():05d}.jsonl"
     run.ledger = Ledger(run.read_damage(), path=path)
     return _final_batches(run, run.train_stream, ids, purpose="main", ledger=run.ledger)
-
-
-def _check_packs(recipe: Recipe, needed: int, *, available: int) -> None:
-    """Check that a plan lasts for the steps of a run that leaves out packs.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if needed > available:
-        raise ConfigError(
-            f"training.train_iters {recipe.training.train_iters} needs {needed} packs, with those that rollbacks "
-            f"leave out, but the plan {recipe.data.plan} holds {available}: raise data.epochs and plan again, or "
-            "lower train_iters"
-        )
 
 
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:

@@ -25,6 +25,7 @@ from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
 from megatron_vita.training.resume import ResumePoint
+from megatron_vita.training.skipped import read_skipped
 from megatron_vita.training.streams import open_streams, pack_costs
 
 PACKS_SHOWN = 4
@@ -96,11 +97,14 @@ def dry_run(
     """
     data_parallel = recipe.data_parallel_size(world_size)
     resume = ResumePoint.find(recipe)
-    first = resume.consumed_packs
+    skipped = read_skipped(recipe.checkpoint.save)
+    first = skipped.next_first(resume.consumed_packs, size=recipe.training.global_batch_size)
     packs: list[PackReport] = []
     step_costs: list[int] = []
     if with_data:
-        stream, _ = open_streams(recipe, resume=resume, tile_share=None, replicas=data_parallel)
+        stream, _ = open_streams(
+            recipe, resume=resume, skipped=skipped, tile_share=None, replicas=data_parallel
+        )
         shown = range(first, min(first + PACKS_SHOWN, len(stream)))
         packs = [_report_pack(recipe, stream, pack) for pack in shown]
         step_costs = _step_costs(recipe, stream, data_parallel, first=first)

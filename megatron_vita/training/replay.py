@@ -13,7 +13,6 @@ from megatron_vita.training.batches import train_batches
 from megatron_vita.training.guard import Fault, Guard
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.skipped import read_skipped
 from megatron_vita.training.step import train_step
 
 NOT_DONE = {
@@ -67,7 +66,6 @@ def open_replay(recipe: Recipe, folder: Path, *, step: int) -> Run:
     folder: of its checkpoints, where nothing is written.
     """
     run = open_run(recipe.replaced(NOT_DONE), folder=folder, up_to=step - 1)
-    run.skipped = read_skipped(folder)
     # Samples that could not be read then are masked again, even if they can be read now.
     run.ledger = Ledger([*run.ledger.events(), *read_ledgers(folder / LEDGERS)])
     return run

@@ -11,6 +11,7 @@ from megatron_vita.checkpoint.base import BASE
 from megatron_vita.config import Recipe
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.training.skipped import SkippedPacks
 
 FIXED = (
     "model.text_only",
@@ -90,24 +91,17 @@ def _name_of(checkpoint: Path | None) -> str:
     return checkpoint.name if checkpoint else ""
 
 
-def check_plan(plan: PackPlan, recipe: Recipe, resume: ResumePoint) -> None:
-    """Check that a plan continues the run at `resume`.
+def check_plan(
+    plan: PackPlan, *, recipe: Recipe, resume: ResumePoint, skipped: SkippedPacks
+) -> None:
+    """Check that a plan continues the run at `resume`, which leaves out packs.
 
     Raises:
         ConfigError: the plan is too short for the remaining steps.
         CheckpointError: its first packs are not those that the run has consumed.
     """
-    training = recipe.training
+    check_length(plan, recipe=recipe, resume=resume, skipped=skipped)
     consumed = resume.consumed_packs
-    # By packs, not by steps: the batch size may have changed since.
-    needed = consumed + max(0, training.train_iters - resume.step) * training.global_batch_size
-    if needed > plan.num_packs:
-        enough = resume.step + (plan.num_packs - consumed) // training.global_batch_size
-        raise ConfigError(
-            f"training.train_iters {training.train_iters} x global_batch_size {training.global_batch_size} needs "
-            f"{needed} packs, but the plan {recipe.data.plan} holds {plan.num_packs}: raise data.epochs and plan "
-            f"again, or lower train_iters to {max(0, enough)}"
-        )
     # A plan made again with other data begins with other packs; one that was continued does not.
     if resume.plan_digest and plan.digest_before(consumed) != resume.plan_digest:
         raise CheckpointError(
@@ -116,6 +110,34 @@ def check_plan(plan: PackPlan, recipe: Recipe, resume: ResumePoint) -> None:
             f"the mix from there on: vita data plan --continue-from {consumed}; for another run, name another "
             "checkpoint.save"
         )
+
+
+def check_length(
+    plan: PackPlan, *, recipe: Recipe, resume: ResumePoint, skipped: SkippedPacks
+) -> None:
+    """Check that a plan lasts for the steps of a run after `resume`, which leaves out packs.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    training = recipe.training
+    size = training.global_batch_size
+    # By packs, not by steps: the batch size may have changed since.
+    consumed = resume.consumed_packs
+    steps = max(0, training.train_iters - resume.step)
+    needed = skipped.consumed_after(consumed, steps=steps, size=size)
+    if needed <= plan.num_packs:
+        return
+    firsts = skipped.firsts(consumed, steps=steps, size=size)
+    possible = [first for first in firsts if first + size <= plan.num_packs]
+    left_out = ""
+    if len(skipped):
+        left_out = ", with the packs that rollbacks leave out,"
+    raise ConfigError(
+        f"training.train_iters {training.train_iters} x global_batch_size {size}{left_out} needs {needed} packs, "
+        f"but the plan {recipe.data.plan} holds {plan.num_packs}: raise data.epochs and plan again, or lower "
+        f"train_iters to {resume.step + len(possible)}"
+    )
 
 
 def check_parts(saved: Recipe, now: Recipe) -> None:

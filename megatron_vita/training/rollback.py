@@ -5,12 +5,12 @@ from pathlib import Path
 
 from megatron_vita.checkpoint.retention import hide, is_saved
 from megatron_vita.checkpoint.saver import by_first, set_latest
-from megatron_vita.errors import VitaError
+from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.files import sync
-from megatron_vita.training.resume import ResumePoint
+from megatron_vita.training.resume import ResumePoint, check_length
 from megatron_vita.training.run import Run
 from megatron_vita.training.run_state import finish_param_gather, restore_newest
-from megatron_vita.training.skipped import SkippedRange, write_skipped
+from megatron_vita.training.skipped import SkippedPacks, SkippedRange, write_skipped
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,20 @@ def take_back(run: Run) -> ResumePoint:
 
 
 def restore(run: Run, resume: ResumePoint) -> None:
-    """Restore what `take_back` has found, or the newest whole checkpoint before it. Collective."""
+    """Restore what `take_back` has found, or the newest whole checkpoint before it. Collective.
+
+    Raises:
+        ConfigError: the plan is too short from the earlier one on.
+    """
     finish_param_gather(run)
     restored = restore_newest(run, resume, up_to=_target(run))
     checkpoint = restored.checkpoint
     assert checkpoint is not None
     if restored is not resume:
         by_first(lambda: _set_back(run, checkpoint))
+        assert run.train_stream is not None
+        plan = run.train_stream.plan
+        check_length(plan, recipe=run.recipe, resume=restored, skipped=run.skipped)
     # Of steps that are done again, or never counted.
     run.recorded.reduce()
     logger.info("rolled back to step %d", run.step)
@@ -67,8 +74,7 @@ def _target(run: Run) -> int:
 
 
 def _range_to_skip(run: Run, resume: ResumePoint, *, target: int) -> SkippedRange:
-    training = run.recipe.training
-    size = training.global_batch_size
+    size = run.recipe.training.global_batch_size
     saved = resume.recipe["training"]["global_batch_size"]
     if saved != size:
         raise VitaError(
@@ -77,17 +83,16 @@ def _range_to_skip(run: Run, resume: ResumePoint, *, target: int) -> SkippedRang
             f"global_batch_size {saved}, or lower checkpoint.save_interval or numerics.rollback_steps"
         )
     start = run.skipped.consumed_after(resume.consumed_packs, steps=target - resume.step, size=size)
-    stop = run.next_pack + size
+    skipped = SkippedRange(step=run.step + 1, start=start, stop=run.next_pack + size)
+    planned = SkippedPacks([*run.skipped, skipped])
     assert run.train_stream is not None
-    needed = stop + (training.train_iters - target) * size
-    available = run.train_stream.plan.num_packs
-    if needed > available:
+    try:
+        check_length(run.train_stream.plan, recipe=run.recipe, resume=resume, skipped=planned)
+    except ConfigError as error:
         raise VitaError(
-            f"step {run.step + 1}: without packs {start + 1} to {stop}, which a rollback leaves out, "
-            f"training.train_iters {training.train_iters} needs {needed} packs, but the plan "
-            f"{run.recipe.data.plan} holds {available}: raise data.epochs, plan again and resume"
-        )
-    return SkippedRange(step=run.step + 1, start=start, stop=stop)
+            f"step {run.step + 1}: a rollback would leave out packs {start + 1} to {skipped.stop}: {error}"
+        ) from error
+    return skipped
 
 
 def _note(run: Run, checkpoint: Path, skipped: SkippedRange) -> None:

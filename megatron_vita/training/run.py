@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,7 @@ def open_run(recipe: Recipe, *, folder: Path | None = None, up_to: int | None = 
 
     Args:
         recipe: a checked recipe.
-        folder: of the checkpoints; None: `checkpoint.save`.
+        folder: of the checkpoints, and of what rollbacks have left out; None: `checkpoint.save`.
         up_to: step of the newest checkpoint that may be loaded; None: any.
     """
     replicas = recipe.data_parallel_size(dist.get_world_size())
@@ -220,17 +221,18 @@ def open_run(recipe: Recipe, *, folder: Path | None = None, up_to: int | None = 
     if encodes:
         share = (layout.tile_rank, layout.tile_ranks)
     logger.info("reading the plan %s and its shards' indexes", recipe.data.plan)
-    streams = open_streams(recipe, resume=resume, tile_share=share, replicas=replicas)
+    skipped = read_skipped(folder or recipe.checkpoint.save)
+    open_packs = partial(open_streams, recipe, skipped=skipped, tile_share=share, replicas=replicas)
+    streams = open_packs(resume=resume)
     logger.info("building the model")
     run = assemble_run(recipe)
     run.matmul_rate = matmul_rate
     run.claim = claim
     resumed = restore_newest(run, resume, up_to=up_to)
     if resumed is not resume:
-        streams = open_streams(recipe, resume=resumed, tile_share=share, replicas=replicas)
+        streams = open_packs(resume=resumed)
     run.train_stream, run.validation_stream = streams
-    if recipe.checkpoint.save:
-        run.skipped = read_skipped(Path(recipe.checkpoint.save))
+    run.skipped = skipped
     return run
 
 

@@ -5,7 +5,7 @@ after the last, from 0.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +33,15 @@ class SkippedPacks:
     def __len__(self) -> int:
         return len(self._ranges)
 
+    def __iter__(self) -> Iterator[SkippedRange]:
+        """Iterate over the ranges that are left out."""
+        return iter(self._ranges)
+
     def add(self, skipped: SkippedRange) -> None:
         """Leave out another range.
 
         Raises:
-            ValueError: there is no pack in it.
+            ValueError: it is empty, or begins before the first pack.
         """
         if not 0 <= skipped.start < skipped.stop:
             raise ValueError(
@@ -61,9 +65,8 @@ class SkippedPacks:
 
     def consumed_after(self, consumed: int, *, steps: int, size: int) -> int:
         """Return the packs that are done with after `steps` more steps of `size` packs."""
-        for _ in range(steps):
-            consumed = self.next_first(consumed, size=size) + size
-        return consumed
+        firsts = self.firsts(consumed, steps=steps, size=size)
+        return firsts[-1] + size if firsts else consumed
 
     def firsts(self, consumed: int, *, steps: int, size: int) -> list[int]:
         """Return the first pack of each of the `steps` steps of `size` packs that follow."""
@@ -74,13 +77,17 @@ class SkippedPacks:
         return found
 
 
-def read_skipped(folder: Path) -> SkippedPacks:
-    """Read what rollbacks of a run that saves to `folder` have left out.
+def read_skipped(folder: str | Path) -> SkippedPacks:
+    """Read what rollbacks of a run have left out.
+
+    folder: that the run saves to; empty: none, where nothing can be left out.
 
     Raises:
         DataError: a line is none of such a file.
     """
-    path = folder / SKIPPED_PACKS
+    if not folder:
+        return SkippedPacks()
+    path = Path(folder) / SKIPPED_PACKS
     try:
         return SkippedPacks(SkippedRange(**json.loads(line)) for line in complete_lines(path))
     except (ValueError, TypeError) as error:

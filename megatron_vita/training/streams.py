@@ -9,16 +9,23 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.layout.assignment import assign_packs
 from megatron_vita.text.vocabulary import open_tokenizer
 from megatron_vita.training.resume import ResumePoint, check_plan
+from megatron_vita.training.skipped import SkippedPacks
 
 
 def open_streams(
-    recipe: Recipe, *, resume: ResumePoint, tile_share: tuple[int, int] | None, replicas: int
+    recipe: Recipe,
+    *,
+    resume: ResumePoint,
+    skipped: SkippedPacks,
+    tile_share: tuple[int, int] | None,
+    replicas: int,
 ) -> tuple[PackStream, PackStream | None]:
     """Open the training packs, and the held-out ones if the recipe validates.
 
     Args:
         recipe: a checked recipe.
         resume: position of the run, which the plan must continue.
+        skipped: packs that the run leaves out.
         tile_share: tile rank and number of tile ranks, for `PackStream`.
         replicas: data-parallel replicas.
 
@@ -29,7 +36,7 @@ def open_streams(
     """
     tokenizer = open_tokenizer(recipe)
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=tile_share)
-    check_plan(train.plan, recipe, resume)
+    check_plan(train.plan, recipe=recipe, resume=resume, skipped=skipped)
     if not recipe.training.eval_interval:
         return train, None
     held_out = open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=tile_share)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ from megatron_vita.parallel.sharded_state import sharded_tensors
 from megatron_vita.training import optimizer, optimizer_shards, optimizer_state
 from megatron_vita.training.batches import train_batches, validation_batches
 from megatron_vita.training.callbacks.watching import awaited_samples
+from megatron_vita.training.dry_run import dry_run
 from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint, check_parts
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.run_state import save_run
+from megatron_vita.training.skipped import SkippedPacks, SkippedRange, write_skipped
 from megatron_vita.training.streams import open_streams
 from tests.forked import run_program
 from tests.functional.toy_run import data_tools, make_toy_run
@@ -226,12 +229,13 @@ def test_state_that_could_not_be_saved_is_refused_at_the_start(
 def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfway: Path) -> None:
     recipe = load_recipe(halfway, ["data.num_workers=0"])
     resume = ResumePoint.find(recipe)
-    _, held_out = open_streams(recipe, resume=resume, tile_share=None, replicas=2)
+    about: dict[str, Any] = {"resume": resume, "skipped": SkippedPacks(), "tile_share": None}
+    _, held_out = open_streams(recipe, **about, replicas=2)
     assert held_out is not None
     with pytest.raises(
         ConfigError, match=rf"data.validation holds {len(held_out)} packs.* each of 64 replicas"
     ):
-        open_streams(recipe, resume=resume, tile_share=None, replicas=64)
+        open_streams(recipe, **about, replicas=64)
 
 
 def test_a_dry_run_shows_the_packs_that_are_next(halfway: Path) -> None:
@@ -326,6 +330,27 @@ def test_a_plan_must_suffice_for_what_is_left(halfway: Path) -> None:
         ConfigError, match=f"needs .* packs, but the plan .* holds {len(packs)}.* to {most}$"
     ):
         resumed(halfway, "training.global_batch_size=2", f"training.train_iters={most + 1}")
+
+
+def test_packs_that_rollbacks_leave_out_are_counted_before_the_model_is_built(
+    halfway: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = resumed(halfway)
+    assert run.train_stream is not None
+    packs = len(run.train_stream)
+    folder = Path(run.recipe.checkpoint.save)
+    # Three packs are left out, and a fourth that fills no step before them.
+    write_skipped(folder, SkippedRange(STEP + 1, PACKS + 1, PACKS + 4))
+    most = STEP + (packs - PACKS - 4) // 2
+    fields = ["training.global_batch_size=2", f"training.train_iters={most + 1}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_vita.training.run.assemble_run", lambda recipe: 1 / 0)
+        message = f"leave out, needs .* packs, but the plan .* holds {packs}.* to {most}$"
+        with pytest.raises(ConfigError, match=message):
+            resumed(halfway, *fields)
+        with pytest.raises(ConfigError, match=message):
+            dry_run(load_recipe(halfway, fields), world_size=1)
+    (folder / "skipped_packs.jsonl").unlink()
 
 
 @pytest.fixture
