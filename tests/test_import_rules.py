@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "commands": {"errors"},
     "launch": {"supervise"},
     "platform": {"errors"},
-    "config": {"errors", "registry", "rounding"},
+    "config": {"errors", "registry", "rounding", "sizes"},
     "media": EVERYWHERE,
     "text": EVERYWHERE,
     "layout": EVERYWHERE,
