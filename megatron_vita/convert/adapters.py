@@ -137,19 +137,27 @@ def merge_adapters(adapters: Path, destination: Path, *, base: Path | None = Non
         CheckpointError: the base is missing or another one.
     """
     opened = AdapterCheckpoint.open(adapters)
-    whole = find_base(opened, base)
-    recipe = store.recipe_of(whole)
-    merge = _Merge(adapters=opened, base=DistSource(whole))
+    whole = open_base(opened, base)
+    merge = _Merge(adapters=opened, base=whole.source)
     with new_folder(destination) as folder:
-        _copy_other_files(whole, folder)
+        _copy_other_files(whole.path, folder)
         _take_tokenizer(opened.path, folder)
         with ProgressBar("merging", nbytes=merge.nbytes) as progress:
             write_distributed(folder, list(merge.chunks(progress)))
-        write_first_manifest(folder, _recipe_of_merged(recipe, opened.recipe))
+        write_first_manifest(folder, _recipe_of_merged(whole.recipe, opened.recipe))
 
 
-def find_base(adapters: AdapterCheckpoint, base: Path | None) -> Path:
-    """Return the checkpoint of the weights that adapters belong to.
+@dataclass(frozen=True, kw_only=True)
+class BaseCheckpoint:
+    """A checkpoint of the whole model that adapters belong to."""
+
+    path: Path
+    recipe: Recipe
+    source: DistSource
+
+
+def open_base(adapters: AdapterCheckpoint, base: Path | None) -> BaseCheckpoint:
+    """Open the checkpoint of the weights that adapters belong to.
 
     Args:
         adapters: the adapters.
@@ -163,11 +171,39 @@ def find_base(adapters: AdapterCheckpoint, base: Path | None) -> Path:
             f"{adapters.path}: was trained on initial weights, which no checkpoint holds: name one "
             "with --base"
         )
-    whole = store.find_checkpoint(base or adapters.base["path"])
-    recipe = store.recipe_of(whole)
-    store.check_model(whole, saved=recipe.model, model=adapters.recipe.model)
-    _Merge(adapters=adapters, base=DistSource(whole)).check_stamp(whole)
-    return whole
+    path = store.find_checkpoint(base or adapters.base["path"])
+    recipe = store.recipe_of(path)
+    store.check_model(path, saved=recipe.model, model=adapters.recipe.model)
+    opened = BaseCheckpoint(path=path, recipe=recipe, source=DistSource(path))
+    _check_stamp(adapters, opened)
+    return opened
+
+
+def _check_stamp(adapters: AdapterCheckpoint, base: BaseCheckpoint) -> None:
+    """Check that a base is the one that the adapters were trained on.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    # Adapters of other programs have no stamp.
+    if not adapters.base["stamp"]:
+        return
+    dtype = torch.bfloat16 if adapters.recipe.training.bf16 else torch.float32
+    stamp = stamp_of_parts(
+        (place.key, place.layer, base.source.read(place).to(dtype))
+        for place in _locations(adapters.recipe)
+    )
+    check_base(adapters.path, adapters.base, stamp=stamp, path=str(base.path))
+
+
+def _locations(recipe: Recipe) -> Iterator[TensorLocation]:
+    """Yield the places of all tensors of a model, layer by layer where they are stacked."""
+    for key in stored_shapes(recipe.model, parts=_parts(recipe)):
+        if ".decoder.layers." in key:
+            for layer in range(recipe.model.language.num_layers):
+                yield TensorLocation(key, layer)
+        else:
+            yield TensorLocation(key)
 
 
 def base_weight(base: DistSource, adapted: AdaptedMap) -> Tensor:
@@ -210,7 +246,7 @@ class _Merge:
     def __init__(self, *, adapters: AdapterCheckpoint, base: DistSource) -> None:
         self.adapters = adapters
         self.base = base
-        self.shapes = stored_shapes(adapters.recipe.model, parts=_parts(adapters.recipe))
+        self.places = list(_locations(adapters.recipe))
         self.beside = adapters.trained_beside()
         self.adapted = {
             location_of(f"{adapted.linear.name}.weight"): adapted for adapted in adapters.adapted
@@ -219,35 +255,11 @@ class _Merge:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return sum(self.base.infos[key].nbytes for key in self.shapes)
-
-    def locations(self) -> Iterator[TensorLocation]:
-        """Yield the places of all tensors, layer by layer where they are stacked."""
-        for key in self.shapes:
-            if ".decoder.layers." in key:
-                for layer in range(self.adapters.recipe.model.language.num_layers):
-                    yield TensorLocation(key, layer)
-            else:
-                yield TensorLocation(key)
-
-    def check_stamp(self, whole: Path) -> None:
-        """Check that the base is the one that the adapters were trained on.
-
-        Raises:
-            CheckpointError: it is another.
-        """
-        # Adapters of other programs have no stamp.
-        if not self.adapters.base["stamp"]:
-            return
-        dtype = torch.bfloat16 if self.adapters.recipe.training.bf16 else torch.float32
-        stamp = stamp_of_parts(
-            (place.key, place.layer, self.base.read(place).to(dtype)) for place in self.locations()
-        )
-        check_base(self.adapters.path, self.adapters.base, stamp=stamp, path=str(whole))
+        return sum(self.base.infos[key].nbytes for key in {place.key for place in self.places})
 
     def chunks(self, progress: ProgressBar) -> Iterator[TensorChunk]:
         """Yield what is to be written."""
-        for place in self.locations():
+        for place in self.places:
             yield self._chunk(place, progress)
 
     def _chunk(self, place: TensorLocation, progress: ProgressBar) -> TensorChunk:

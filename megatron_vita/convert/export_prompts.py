@@ -71,7 +71,7 @@ def complete_folder(
     our_code = takes_our_code(folder_format, config)
     if our_code:
         _check_media_format(recipe.text.media_format)
-        fields |= write_code(folder, recipe)
+        fields |= write_code(folder, recipe, config=config)
     if folder_format is INTERNVL_HF:
         for name, content in processor_files(recipe.media, recipe.model.vision, folder).items():
             _write(folder / name, content)

@@ -12,7 +12,7 @@ from megatron_vita.config import AdaptedMap, LinearMap, Recipe, linear_maps
 from megatron_vita.convert.adapters import (
     AdapterCheckpoint,
     base_weight,
-    find_base,
+    open_base,
     write_adapters,
 )
 from megatron_vita.convert.families.adapters import (
@@ -143,7 +143,7 @@ def export_adapters(
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
     count = len(tensors) // 2
     if opened.recipe.lora.dora:
-        tensors |= _magnitudes(opened, names, DistSource(find_base(opened, base)))
+        tensors |= _magnitudes(opened, names, open_base(opened, base).source)
     with new_folder(destination) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config = _config_of(opened, names)

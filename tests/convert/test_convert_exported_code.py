@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,22 @@ def test_every_language_family_and_both_internvits_open_with_the_code(
     assert float(said.split("at most ")[1].split()[0]) < 1e-5
 
 
+def test_a_base_config_that_leaves_defaults_out_is_completed(tmp_path: Path) -> None:
+    parts = [save(model_of("qwen2"), tmp_path / "llm"), save_vision(tmp_path / "vit", large=True)]
+    import_weights(parts, tmp_path / "ours", projector="long_vita")
+    export_checkpoint(tmp_path / "ours", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    for name in ("auto_map", "language_model_type", "media_token_ids"):
+        del config[name]
+    # All others are InternViT-6B's: RMSNorm, norms of query and key, no biases, patches of 14.
+    kept = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    visual = {name: config["visual"][name] for name in kept} | {"image_size": [TILE, TILE]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"visual": visual}))
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", like=tmp_path / "base")
+    said = compare_logits(tmp_path / "ours", tmp_path / "back")
+    assert float(said.split("at most ")[1].split()[0]) < 1e-5
+
+
 def recipe_of(checkpoint: Path) -> Recipe:
     return recipe_from_dict(read_manifest(checkpoint)["recipe"])
 
@@ -204,14 +221,35 @@ def test_files_of_an_export_hold_each_tensor_once_and_no_byte_more(
 
 
 def test_saved_by_transformers_an_export_opens_again(exported: Exported, tmp_path: Path) -> None:
-    exported.model.save_pretrained(tmp_path)
-    exported.processor.save_pretrained(tmp_path)
-    model, processor = opened_with_code(tmp_path)
+    saved = tmp_path / "saved"
+    exported.model.save_pretrained(saved)
+    exported.processor.save_pretrained(saved)
+    model, processor = opened_with_code(saved)
     inputs = processor(images=photograph((TILE, TILE)), text="<image>a", return_tensors="pt")
     with torch.no_grad():
         expected = exported.model(**inputs).logits
         assert torch.equal(model(**inputs).logits, expected)
-    assert {file.name for file in tmp_path.glob("*.py")} == set(FILES)
+    assert {file.name for file in saved.glob("*.py")} == set(FILES)
+
+
+def test_saved_by_transformers_an_export_is_imported_with_its_settings(
+    exported: Exported, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    model, processor = opened_with_code(exported.folder)
+    processor.max_fps = 2.0
+    processor.max_tiles = 3
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    import_weights([saved], tmp_path / "ours", projector="internvl")
+    media = recipe_of(exported.checkpoint).media
+    expected = dataclasses.replace(media, max_fps=2.0, max_tiles=3)
+    assert recipe_of(tmp_path / "ours").media == expected
+    engine = Engine.from_checkpoint(tmp_path / "ours", options=OPTIONS)
+    for name in ("several turns", "one tile"):
+        prompts = [each.prepare(WITH_MEDIA[name].prompt()) for each in (exported.engine, engine)]
+        before, after = (prompt.document.input_ids.tolist() for prompt in prompts)
+        assert before == after, name
 
 
 def test_frames_are_taken_as_they_are_and_prompts_are_padded_at_the_left(
@@ -333,8 +371,12 @@ def test_beams_and_samples_of_a_prompt_see_its_own_tiles(
     assert (found.logits[0] - expected.repeat_interleave(2, dim=0)).abs().max() < 1e-5
 
 
-def test_left_padding_changes_no_logits(exported: Exported) -> None:
+def test_left_padding_changes_no_logits(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs, expected = two_prompts(exported)
+    # The 5 tiles are encoded in 2 parts, of which one has tiles of both prompts.
+    monkeypatch.setattr(sys.modules[type(exported.model).__module__], "TILES_AT_ONCE", 3)
     with torch.no_grad():
         logits = exported.model(**inputs).logits[:, -1]
     assert (logits - expected).abs().max() < 1e-5
