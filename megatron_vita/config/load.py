@@ -15,6 +15,8 @@ from megatron_vita.errors import ConfigError
 
 LAYOUT = "parallel.layout"
 """Field that stands for many others."""
+GROUP = "parallel="
+"""Beginning of an override of the whole group with that field."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -97,16 +99,37 @@ def recipe_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    _check_layouts(overrides)
     for override in overrides:
+        if override.startswith(GROUP) and not _layout_in(override):
+            # The group is replaced, and what its layout has set elsewhere goes with it.
+            remove_layout(tree, _layout_of(tree))
         _merge_layout(tree, _layout_in(override), where=f"override {override!r}")
     # After all of a layout's fields, wherever its name stands among the overrides.
     for override in overrides:
         _apply_override(tree, override)
-        if override.startswith("parallel="):
+        if override.startswith(GROUP):
             # The group was replaced, and the fields of its layout with it.
             given = tree["parallel"]
             tree["parallel"] = layout_tree(_layout_in(override)).get("parallel", {})
             _merge(tree, {"parallel": given})
+
+
+def _check_layouts(overrides: Sequence[str]) -> None:
+    """Check that no override names a layout whose group another one replaces.
+
+    Raises:
+        ConfigError: one does; fields of the layout in other groups would stay, or its sizes go.
+    """
+    named = [override for override in overrides if _layout_in(override)]
+    replacing = [override for override in overrides if override.startswith(GROUP)]
+    for group in replacing:
+        for other in named:
+            if group != other:
+                raise ConfigError(
+                    f"override {group!r} replaces all of parallel, for which override {other!r} names a layout: "
+                    "write one of them, such as 'parallel={layout: NAME, context_parallel_size: 2}'"
+                )
 
 
 def _layout_in(override: str) -> Any:

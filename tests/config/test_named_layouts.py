@@ -84,6 +84,26 @@ def test_a_group_of_overrides_may_name_a_layout(tmp_path: Path) -> None:
     assert fields_of(recipe, list(expected)) == expected
 
 
+OTHERS = [f"parallel.layout={NAME}", f"parallel={{layout: {NAME}}}"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_layout_of_a_group_that_another_override_replaces_is_refused(
+    other: str, order: int, tmp_path: Path
+) -> None:
+    overrides = [other, f"parallel={{{TP}: 2}}"][::order]
+    with pytest.raises(ConfigError, match=r"override 'parallel=.* replaces all of parallel, "):
+        recipe_of(tmp_path, *overrides)
+
+
+def test_a_group_of_overrides_leaves_nothing_of_the_layout_of_the_file(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, f"parallel={{{TP}: 2}}", layout=NAME)
+    levers = [name for name in known_layouts()[NAME] if not name.startswith("parallel.")]
+    assert fields_of(recipe, levers) == fields_of(Recipe(), levers)
+    assert (recipe.parallel.layout, recipe.parallel.tensor_model_parallel_size) == ("", 2)
+
+
 def test_a_whole_recipe_is_read_when_the_name_of_its_layout_is_gone(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, layout=NAME)
     tree = dataclasses.asdict(recipe)

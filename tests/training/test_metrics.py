@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_vita.costs.flops import pack_flops, training_flops
 from megatron_vita.errors import ConfigError
 from megatron_vita.parallel import groups
 from megatron_vita.training import loop
+from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.metrics import count_batch, measure_memory
@@ -221,6 +223,26 @@ def test_speed_memory_and_waiting_are_in_the_log_and_in_tensorboard(
     assert all(0 < share < 1 for share in values("speed/vision_share"))
     assert all(gib > 0.1 for gib in values("memory/host_gib"))
     assert values("speed/tokens_per_second") == values("speed/tokens_per_second_per_gpu")
+
+
+def test_tensorboard_shows_steps_that_are_done_again_once(tmp_path: Path) -> None:
+    platform.initialize_process()
+    callback = TensorBoardCallback(str(tmp_path), step=0)
+    run: Any = SimpleNamespace(step=2)
+
+    def log(steps: range, loss: float) -> None:
+        metrics: Any = SimpleNamespace(held_out=True, scalars=lambda: {"train/loss": loss})
+        for metrics.step in steps:
+            callback.on_log(run, metrics)
+
+    log(range(1, 5), 1.0)
+    callback.on_rollback(run, 5)
+    log(range(3, 4), 2.0)
+    callback.on_end(run)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_a_run_begins_with_what_it_runs_on_and_how(

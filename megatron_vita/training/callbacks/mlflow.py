@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 class MlflowCallback(Callback):
     """Writer of all scalars from rank 0 in the background; a restart continues the same run.
 
+    Steps that are done again, after a rollback or a restart, are logged again.
+
     `train/loss/SOURCE` is `train/loss.SOURCE` there: in a local folder `train/loss` is a file, which
     can hold no others.
     """

@@ -13,17 +13,28 @@ from megatron_vita.training.run import Run
 class TensorBoardCallback(Callback):
     """Writer of all scalars of steps and validations, on rank 0.
 
-    Scalars that a killed run wrote after its checkpoint are purged.
+    Scalars that a killed run wrote after its checkpoint are purged, and those of steps that a
+    rollback takes back.
     """
 
     def __init__(self, folder: str, *, step: int) -> None:
         """`step`: position of the run."""
+        self._folder = folder
         self.writer: Any = None
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        """Open a file whose reader drops the scalars after `step` from earlier files."""
         if dist.get_rank() == 0:
             # Not above: a second of imports, for runs that have such files.
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(folder, purge_step=step + 1)
+            self.writer = SummaryWriter(self._folder, purge_step=step + 1)
+
+    def on_rollback(self, run: Run, step: int) -> None:
+        """Begin another file, since the steps after `run.step` are done again."""
+        self.on_end(run)
+        self._open(run.step)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Write the scalars; those of logged steps are in the file when this returns."""

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 class WandbCallback(Callback):
     """Writer of all scalars from rank 0, plotted over `step`; a restart continues the same run.
 
+    Steps that are done again, after a rollback or a restart, are logged again.
+
     Environment variables of the package (WANDB_MODE=offline, WANDB_ENTITY, WANDB_API_KEY ...) apply.
     """
 
