@@ -20,10 +20,10 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.training.callbacks import Callback
-from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run
 
 WARM_UP = 10
 """Steps that are not counted."""

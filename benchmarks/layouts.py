@@ -21,7 +21,7 @@ from megatron_vita.config.load import load_recipe
 from megatron_vita.config.named_layouts import FILE
 from megatron_vita.costs.devices import DEVICES, Device
 from megatron_vita.costs.fitting import LEANEST, LEVERS, NO_LEVERS, Room
-from megatron_vita.costs.memory import GIB
+from megatron_vita.costs.memory.memory import GIB
 from megatron_vita.costs.suggest import LAYOUT, Suggestion, suggest
 
 ROOT = Path(__file__).parent.parent

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import ParallelConfig, Recipe
-from megatron_vita.model.output import OutputLayer
-from megatron_vita.model.softmax import LossForm, Shard, summarize, write_gradient
+from megatron_vita.model.output.output import OutputLayer
+from megatron_vita.model.output.softmax import LossForm, Shard, summarize, write_gradient
 from megatron_vita.parallel import groups
 
 

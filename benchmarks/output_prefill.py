@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_vita import platform
 from megatron_vita.config import LanguageConfig, Recipe
-from megatron_vita.model.backends import TorchBackend
+from megatron_vita.model.backends.backends import TorchBackend
 from megatron_vita.model.build import transformer_config
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.parallel import groups

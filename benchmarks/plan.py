@@ -37,7 +37,7 @@ from megatron_vita.data.shards.index import (
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
-from megatron_vita.training.streams import pack_costs, packs_of_replicas
+from megatron_vita.training.run.streams import pack_costs, packs_of_replicas
 
 SHARD = 1000
 LENGTHS = {16384: 60, 32768: 120, 131072: 500}  # and frames of a film

@@ -32,12 +32,12 @@ from megatron_vita.config import (
     Recipe,
     TrainingConfig,
 )
-from megatron_vita.costs.host_memory import saving_memory
+from megatron_vita.costs.memory.host_memory import saving_memory
 from megatron_vita.parallel import groups
-from megatron_vita.training import optimizer
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.run_state import open_saver, restore, save_run, start_save
+from megatron_vita.training.optimizer import optimizer
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run, assemble_run
+from megatron_vita.training.run.run_state import open_saver, restore, save_run, start_save
 
 
 def language(layers: int, hidden: int) -> LanguageConfig:

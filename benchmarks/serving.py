@@ -37,8 +37,8 @@ from megatron_vita.data.samples.documents import Document
 from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import MediaFile, PreparedPrompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, PreparedPrompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
 from megatron_vita.layout.slicing import IGNORED_LABEL

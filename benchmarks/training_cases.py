@@ -9,7 +9,7 @@ from typing import Any
 from model_shapes import QWEN2_7B, QWEN2_HALF_B, QWEN3_8B, TINY, TINY_TOWER
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.config.yaml_file import read_yaml, resolved
+from megatron_vita.config.parsing.yaml_file import read_yaml, resolved
 from megatron_vita.errors import ConfigError
 
 MODELS: dict[str, dict[str, Any]] = {

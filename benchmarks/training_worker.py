@@ -9,12 +9,12 @@ from training_cases import Case
 from training_measure import GIB, Measurement, PackContent, StepResult, work_through
 from training_profile import profile_step
 
-from megatron_vita.costs.memory import PackLoad, rank_memory
+from megatron_vita.costs.memory.memory import PackLoad, rank_memory
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.parallel import groups
-from megatron_vita.training.run import assemble_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.run import assemble_run
+from megatron_vita.training.step.step import train_step
 
 
 def estimated_gib(case: Case, content: PackContent) -> float:

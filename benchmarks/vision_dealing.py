@@ -36,14 +36,14 @@ from megatron_vita.config import (
     VisionConfig,
 )
 from megatron_vita.costs.flops import pack_flops
-from megatron_vita.costs.memory import GIB, PackLoad, rank_memory
+from megatron_vita.costs.memory.memory import GIB, PackLoad, rank_memory
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import collectives, groups
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.run import Run, assemble_run
+from megatron_vita.training.step.step import train_step
 
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP = {"context_parallel_size": 2}

@@ -19,7 +19,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer
-from megatron_vita.training.faults import read_dump
+from megatron_vita.training.run.faults import read_dump
 
 
 def inspect_pack(

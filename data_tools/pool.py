@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from data_tools.on_ray import run_on_ray
-from megatron_vita.config.fields import check_fields, described
+from megatron_vita.config.parsing.fields import check_fields, described
 from megatron_vita.errors import DataError, PlatformError, VitaError
 from megatron_vita.supervise.processes import WorkerProcess, fork_server
 

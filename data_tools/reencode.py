@@ -10,7 +10,7 @@ import av
 from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
-from megatron_vita.config.fields import check_fields, described
+from megatron_vita.config.parsing.fields import check_fields, described
 from megatron_vita.data.shards.tar import ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.media.clip import TOLERANCE

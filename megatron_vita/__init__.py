@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from megatron_vita.api import Model, from_hf, load, open_packs, to_hf
     from megatron_vita.config import Recipe, load_recipe
     from megatron_vita.errors import VitaError
-    from megatron_vita.inference.prompt import MediaFile, Prompt
-    from megatron_vita.inference.requests import SamplingParams
+    from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+    from megatron_vita.inference.requests.types import SamplingParams
     from megatron_vita.registry import register
     from megatron_vita.training.callbacks import Callback
     from megatron_vita.training.loop import train

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import megatron_vita.platform  # noqa: F401  adapts torch to the machine before megatron-core is imported
 from megatron_vita.config import ParallelConfig, Recipe, load_recipe
-from megatron_vita.convert.config_file import CONFIG
 from megatron_vita.convert.exporting import export_checkpoint
+from megatron_vita.convert.families.config_file import CONFIG
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.data.datasets import Split
 from megatron_vita.data.loading.open import open_split
@@ -21,8 +21,8 @@ from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.errors import ConfigError, DataError, LogitsError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.text.vocabulary import open_tokenizer
 
 Media = str | Path | MediaFile

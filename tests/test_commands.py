@@ -9,12 +9,12 @@ import pytest
 import typer
 
 from megatron_vita.commands import add_options, from_arguments, run_command, takes_options
-from megatron_vita.config.fields import described
+from megatron_vita.config.parsing.fields import described
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.inference.server.__main__ import parse_arguments
-from megatron_vita.inference.server.protocol import ChatRequest
+from megatron_vita.inference.server.protocol.protocol import ChatRequest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -73,17 +74,19 @@ MAY_IMPORT["api"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}
 SUB_PACKAGES = {
-    "convert": ("exported", "families", "formats"),
+    "config": ("parsing", "groups"),
+    "convert": ("exported", "families", "formats", "settings"),
+    "costs": ("memory",),
     "data": ("samples", "shards", "planning", "loading"),
     "data_tools": ("formats",),
     "evaluation": ("adapters",),
-    "inference": ("runner", "generation", "client", "vision", "engine", "server"),
-    "training": ("callbacks",),
+    "inference": ("requests", "runner", "generation", "client", "vision", "engine", "server"),
+    "model": ("backends", "output"),
+    "training": ("optimizer", "metrics", "run", "step", "callbacks"),
 }
 """Sub-packages of each room; each may import those before it."""
-OWN_UNITS = {"training.callbacks.callback", "training.callbacks.hooks"}
-"""Files of a sub-package that other units of the room build on: the interface of callbacks is below
-the loop, the callbacks that come with it are above."""
+MOST_FLAT = 18
+"""Modules that a folder holds at most, so that it is seen at a glance."""
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))
 
 
@@ -173,8 +176,6 @@ IMPORTED = {module: imported_modules(path) for module, path in MODULES.items()}
 
 def unit_of(module: str) -> str:
     """Room and sub-package or file: data.shards, data.batch."""
-    if module in OWN_UNITS:
-        return module
     return ".".join(module.split(".")[:2])
 
 
@@ -200,6 +201,26 @@ def test_no_sub_package_imports_itself_through_others_of_its_room(room: str) -> 
             inside = {unit_of(name) for name in imported if name.startswith(f"{room}.")}
             graph.setdefault(unit, set()).update(inside - {unit})
     assert not cycle(graph)
+
+
+def folder_of(module: str) -> str:
+    """Folder of a module; a module beside the rooms is one itself."""
+    path = MODULES[module]
+    return module if path.name == "__init__.py" else module.rpartition(".")[0] or module
+
+
+def test_no_folder_imports_itself_through_others() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, imported in IMPORTED.items():
+        folder = folder_of(module)
+        graph.setdefault(folder, set()).update({folder_of(name) for name in imported} - {folder})
+    assert not cycle(graph)
+
+
+def test_no_folder_is_too_full_to_be_seen_at_a_glance() -> None:
+    counts = Counter(path.parent.relative_to(ROOT) for path in MODULES.values())
+    full = {str(folder): count - 1 for folder, count in counts.items() if count - 1 > MOST_FLAT}
+    assert not full, f"more than {MOST_FLAT} modules beside __init__.py"
 
 
 def test_no_sub_package_imports_a_later_one_of_its_room() -> None:

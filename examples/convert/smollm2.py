@@ -24,8 +24,8 @@ from megatron_vita import platform
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.verify import compare_tensors
 from megatron_vita.inference.engine.engine import Engine
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack
 from megatron_vita.parallel import groups
 

@@ -16,8 +16,8 @@ from examples.easy_vqa.prepare import (
 from megatron_vita.evaluation.answering import EngineAnswerer, Generates
 from megatron_vita.evaluation.results import ResultLog, Task, run_tasks
 from megatron_vita.inference.engine.engine import Engine
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 
 QUESTIONS_AT_ONCE = 96
 LONGEST_ANSWER = 8  # tokens

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe, adapted_maps
-from megatron_vita.config.lora import Part
+from megatron_vita.config.groups.lora import Part
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.lora import is_adapter
 from megatron_vita.model.vita import VitaModel

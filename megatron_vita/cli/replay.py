@@ -15,7 +15,7 @@ from megatron_vita.config.run_files import RECIPE
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.report.reading import Row, RunRecord, read_run
 from megatron_vita.supervise.rank_failure import report_failure
-from megatron_vita.training.run_folder import earlier_ends, earlier_recipe
+from megatron_vita.training.run.run_folder import earlier_ends, earlier_recipe
 
 if TYPE_CHECKING:
     from megatron_vita.training.replay import LoggedStep

@@ -5,7 +5,7 @@ import types
 import typing
 from collections.abc import Iterator
 
-from megatron_vita.config.fields import type_hints
+from megatron_vita.config.parsing.fields import type_hints
 from megatron_vita.config.recipe import Recipe
 
 

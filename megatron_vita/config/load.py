@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.config.build import build
 from megatron_vita.config.named_layouts import layout_tree, remove_layout, sets_whole_layout
+from megatron_vita.config.parsing.build import build
+from megatron_vita.config.parsing.yaml_file import parse_override, read_yaml, resolved
 from megatron_vita.config.recipe import Recipe
-from megatron_vita.config.yaml_file import parse_override, read_yaml, resolved
 from megatron_vita.errors import ConfigError
 
 LAYOUT = "parallel.layout"

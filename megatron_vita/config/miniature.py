@@ -5,12 +5,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.config.build import replaced
-from megatron_vita.config.data import DatasetConfig
-from megatron_vita.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.groups.data import DatasetConfig
+from megatron_vita.config.groups.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vita.config.groups.parallel import ParallelConfig
+from megatron_vita.config.groups.text import TextConfig
+from megatron_vita.config.parsing.build import replaced
 from megatron_vita.config.recipe import Recipe
-from megatron_vita.config.text import TextConfig
 
 LENGTH_FACTOR = 64
 LONGEST = 4096

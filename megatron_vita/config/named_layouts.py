@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.config.yaml_file import is_null
+from megatron_vita.config.parsing.yaml_file import is_null
 from megatron_vita.errors import ConfigError
 
 FILE = Path(__file__).with_name("layouts.json")

@@ -5,22 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vita.config.build import replaced
-from megatron_vita.config.checkpoint import CheckpointConfig
-from megatron_vita.config.data import DataConfig
-from megatron_vita.config.dpo import DpoConfig
-from megatron_vita.config.fields import described, require
-from megatron_vita.config.generation import GenerationConfig
-from megatron_vita.config.lora import LoraConfig, Part, adapted_maps
-from megatron_vita.config.media import MediaConfig
-from megatron_vita.config.model import ModelConfig
+from megatron_vita.config.groups.checkpoint import CheckpointConfig
+from megatron_vita.config.groups.data import DataConfig
+from megatron_vita.config.groups.dpo import DpoConfig
+from megatron_vita.config.groups.generation import GenerationConfig
+from megatron_vita.config.groups.lora import LoraConfig, Part, adapted_maps
+from megatron_vita.config.groups.media import MediaConfig
+from megatron_vita.config.groups.model import ModelConfig
+from megatron_vita.config.groups.numerics import NumericsConfig
+from megatron_vita.config.groups.optimizer import OptimizerConfig
+from megatron_vita.config.groups.parallel import ParallelConfig
+from megatron_vita.config.groups.text import TextConfig
+from megatron_vita.config.groups.training import TrainingConfig
 from megatron_vita.config.named_layouts import layout_changes
-from megatron_vita.config.numerics import NumericsConfig
-from megatron_vita.config.optimizer import OptimizerConfig
-from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.parsing.build import replaced
+from megatron_vita.config.parsing.fields import described, require
 from megatron_vita.config.recipe_checks import check_recipe, check_tensor_parallel
-from megatron_vita.config.text import TextConfig
-from megatron_vita.config.training import TrainingConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.rounding import ceil_div
 

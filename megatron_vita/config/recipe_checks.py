@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, get_args
 
-from megatron_vita.config.fields import require
-from megatron_vita.config.lora import Part, adapted_maps
+from megatron_vita.config.groups.lora import Part, adapted_maps
+from megatron_vita.config.parsing.fields import require
 
 if TYPE_CHECKING:
     from megatron_vita.config.recipe import Recipe

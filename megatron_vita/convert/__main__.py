@@ -84,8 +84,8 @@ def to_hf(
     verify: Verify = False,
 ) -> None:
     """Convert a distributed checkpoint to a Hugging Face folder."""
-    from megatron_vita.convert.export_code import has_our_code
     from megatron_vita.convert.exporting import export_checkpoint
+    from megatron_vita.convert.settings.export_code import has_our_code
 
     plan = export_checkpoint(source, destination, folder_format=folder_format, like=like)
     typer.echo(

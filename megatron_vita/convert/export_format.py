@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import ModelConfig
-from megatron_vita.convert.config_file import CONFIG, Config
+from megatron_vita.convert.families.config_file import CONFIG, Config
 from megatron_vita.convert.families.folder_formats import (
     ALL_PARTS,
     CAUSAL,
@@ -17,7 +17,7 @@ from megatron_vita.convert.families.folder_formats import (
     format_named,
     format_of,
 )
-from megatron_vita.convert.sidecar_files import FOLDER
+from megatron_vita.convert.settings.sidecar_files import FOLDER
 from megatron_vita.convert.transfers import Transfer
 from megatron_vita.errors import CheckpointError
 

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from megatron_vita.checkpoint import store, tokenizer_copy
 from megatron_vita.config import Recipe
-from megatron_vita.convert import sidecar_files
-from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.export_format import choose_format, config_fields, kept_folders
-from megatron_vita.convert.export_prompts import complete_folder
+from megatron_vita.convert.families.config_file import CONFIG, Config
 from megatron_vita.convert.families.folder_formats import FolderFormat, format_named
 from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.folders import new_folder
@@ -25,6 +23,8 @@ from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, check_finite
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.progress import ProgressBar
+from megatron_vita.convert.settings import sidecar_files
+from megatron_vita.convert.settings.export_prompts import complete_folder
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.transfers import Rows, Transfer, export_transfers
 from megatron_vita.errors import CheckpointError

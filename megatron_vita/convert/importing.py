@@ -16,7 +16,6 @@ from megatron_vita.config import (
     Recipe,
     replaced,
 )
-from megatron_vita.convert.export_code import has_our_code
 from megatron_vita.convert.export_format import prospect
 from megatron_vita.convert.families.folder_formats import (
     ALL_PARTS,
@@ -26,7 +25,8 @@ from megatron_vita.convert.families.folder_formats import (
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.initialized_parts import InitializedProjector, ResizeVocab
-from megatron_vita.convert.prompts import (
+from megatron_vita.convert.settings.export_code import has_our_code
+from megatron_vita.convert.settings.prompts import (
     Prompts,
     append_tokens,
     check_image_token,

@@ -18,8 +18,8 @@ from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
 from megatron_vita.convert.importing import assert_complete
 from megatron_vita.convert.progress import ProgressBar
+from megatron_vita.convert.settings.sidecar_files import copy_sidecar_files
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.sidecar_files import copy_sidecar_files
 from megatron_vita.convert.transfers import Transfer, export_transfers, import_transfers
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError

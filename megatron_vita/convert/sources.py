@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_vita.config import GenerationConfig, MediaConfig, ModelConfig
-from megatron_vita.convert.config_file import CONFIG, Config
-from megatron_vita.convert.export_code import has_our_code
+from megatron_vita.convert.families.config_file import CONFIG, Config
 from megatron_vita.convert.families.folder_formats import LONG_VITA, FolderFormat, format_of
 from megatron_vita.convert.families.generation import read_generation
 from megatron_vita.convert.families.pixels import PROCESSOR, Processors, read_media
@@ -16,7 +15,8 @@ from megatron_vita.convert.families.vita_processor import read_vita_processor
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
 from megatron_vita.convert.formats.weight_files import open_weights
-from megatron_vita.convert.sidecar_files import PASSTHROUGH, copy_sidecar_files
+from megatron_vita.convert.settings.export_code import has_our_code
+from megatron_vita.convert.settings.sidecar_files import PASSTHROUGH, copy_sidecar_files
 from megatron_vita.errors import CheckpointError
 
 GGUF = ".gguf"

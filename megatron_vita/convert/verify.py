@@ -12,16 +12,16 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
-from megatron_vita.convert.config_file import Config
-from megatron_vita.convert.export_code import has_our_code
 from megatron_vita.convert.exporting import read_ours
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.probes import QUESTION, Probe, encoder_of, make_probes, question_ids
 from megatron_vita.convert.progress import ProgressBar
+from megatron_vita.convert.settings.export_code import has_our_code
 from megatron_vita.convert.sources import GGUF
 from megatron_vita.convert.transfers import Transfer
-from megatron_vita.costs.parameters import model_parameters
+from megatron_vita.costs.memory.parameters import model_parameters
 from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack

@@ -15,7 +15,7 @@ from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.tensors import TensorSource, check_finite
 from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
 from megatron_vita.convert.progress import ProgressBar
-from megatron_vita.convert.sidecar_files import FOLDER, has_tokenizer
+from megatron_vita.convert.settings.sidecar_files import FOLDER, has_tokenizer
 from megatron_vita.convert.transfers import Rows, Transfer
 
 RECIPE = "model.yaml"

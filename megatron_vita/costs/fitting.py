@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from megatron_vita.config import Recipe
 from megatron_vita.costs.changes import Changes
 from megatron_vita.costs.devices import H100, Device
-from megatron_vita.costs.host_memory import host_memory
-from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors
-from megatron_vita.costs.memory import GIB, full_pack, rank_memory
+from megatron_vita.costs.memory.host_memory import host_memory
+from megatron_vita.costs.memory.layer_memory import LayerPlan, layer_tensors
+from megatron_vita.costs.memory.memory import GIB, full_pack, rank_memory
 from megatron_vita.costs.step_time import step_time
 from megatron_vita.rounding import ceil_div
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
-from megatron_vita.costs.parameters import language_layer, word_embedding
+from megatron_vita.costs.memory.parameters import language_layer, word_embedding
 from megatron_vita.rounding import round_up
 
 

@@ -4,7 +4,7 @@ import argparse
 
 from megatron_vita.costs.devices import DEVICES, H100, H200, Device, find_device
 from megatron_vita.costs.fitting import Room
-from megatron_vita.costs.memory import GIB
+from megatron_vita.costs.memory.memory import GIB
 from megatron_vita.errors import ConfigError
 
 HOST_GIB_A_RANK = 125

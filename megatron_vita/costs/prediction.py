@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from megatron_vita.config import Recipe
 from megatron_vita.costs.devices import find_device
 from megatron_vita.costs.flops import training_flops
-from megatron_vita.costs.host_memory import host_memory
-from megatron_vita.costs.memory import GIB, PackLoad, rank_memory
+from megatron_vita.costs.memory.host_memory import host_memory
+from megatron_vita.costs.memory.memory import GIB, PackLoad, rank_memory
 from megatron_vita.costs.step_time import RANKS_PER_NODE, StepTime, step_time
 
 

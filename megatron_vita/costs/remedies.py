@@ -15,7 +15,7 @@ from megatron_vita.costs.fitting import (
     fit_memory,
     leaner_optimizers,
 )
-from megatron_vita.costs.memory import full_pack
+from megatron_vita.costs.memory.memory import full_pack
 from megatron_vita.costs.step_time import step_time
 from megatron_vita.errors import ConfigError
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import attention_flops, linear_flops, output_flops, tile_flops
-from megatron_vita.costs.memory import PackLoad
+from megatron_vita.costs.memory.memory import PackLoad
 
 
 def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[int]:

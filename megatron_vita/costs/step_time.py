@@ -17,11 +17,16 @@ from megatron_vita.costs.flops import (
     tower_attention_flops,
     tower_flops,
 )
-from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors, plan_layers, value_bytes
-from megatron_vita.costs.memory import PackLoad
-from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shards
-from megatron_vita.costs.parameters import language_layer, stage_parameters
-from megatron_vita.costs.vision_memory import tiles_of_rank
+from megatron_vita.costs.memory.layer_memory import (
+    LayerPlan,
+    layer_tensors,
+    plan_layers,
+    value_bytes,
+)
+from megatron_vita.costs.memory.memory import PackLoad
+from megatron_vita.costs.memory.optimizer_memory import optimizer_bytes, optimizer_shards
+from megatron_vita.costs.memory.parameters import language_layer, stage_parameters
+from megatron_vita.costs.memory.vision_memory import tiles_of_rank
 from megatron_vita.rounding import ceil_div
 
 RANKS_PER_NODE = 8

@@ -19,7 +19,7 @@ from megatron_vita.costs.fitting import (
     memory_need,
     smallest,
 )
-from megatron_vita.costs.memory import full_pack
+from megatron_vita.costs.memory.memory import full_pack
 from megatron_vita.costs.prediction import Prediction, predict
 from megatron_vita.costs.step_time import step_time
 from megatron_vita.errors import ConfigError

@@ -6,7 +6,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.changes import as_overrides, differences
 from megatron_vita.costs.devices import Device
 from megatron_vita.costs.fitting import LEANEST, LEVERS, Room
-from megatron_vita.costs.memory import GIB
+from megatron_vita.costs.memory.memory import GIB
 from megatron_vita.costs.suggest import Suggestion, Suggestions
 from megatron_vita.costs.tables import align
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from megatron_vita.errors import DataError, LogitsError, RefusedError
 from megatron_vita.inference.client.client import ChatServer
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import CompletionOutput, SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import CompletionOutput, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)

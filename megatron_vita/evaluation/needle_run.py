@@ -13,7 +13,7 @@ from megatron_vita.evaluation.grading import same_digits
 from megatron_vita.evaluation.heat_map import draw_heat_map
 from megatron_vita.evaluation.needles import LONGEST_ANSWER, Cell, Haystack
 from megatron_vita.evaluation.results import ResultLog, Row, Task, describe_refused, run_tasks
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 
 WRONG_SHOWN = 20
 

@@ -9,7 +9,7 @@ from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.samples.records import pieces_of
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.pages import Book, PageStyle
-from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.conversation import check_messages

@@ -14,8 +14,8 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.evaluation.grading import METRICS
 from megatron_vita.evaluation.results import ResultLog, Row, Task, describe_refused, run_tasks
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.text.conversation import TextPart, check_messages
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.files import append_json_lines, atomic_write, complete_lines
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 
 Row = dict[str, Any]
 REFUSED_SHOWN = 20

@@ -12,8 +12,8 @@ from megatron_vita.commands import run_command, takes_options
 from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
 from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextDelta, TokenText
 from megatron_vita.inference.client.conversation import Conversation
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import ADVISED, SamplingParams, ScoredToken, advised
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import ADVISED, SamplingParams, ScoredToken, advised
 from megatron_vita.text.tokenizer_base import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.

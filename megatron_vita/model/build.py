@@ -20,7 +20,7 @@ from megatron_vita.config import (
     layer_memory,
 )
 from megatron_vita.errors import ConfigError
-from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
+from megatron_vita.model.backends.backends import AttentionBackend, TorchBackend, choose_backend
 from megatron_vita.model.dora import DoraAdapter
 from megatron_vita.model.lora import Adapter, adapters_of, attach, named_linears
 from megatron_vita.model.rotary import scale_rotary_positions

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import LanguageConfig, OutputConfig
-from megatron_vita.model.backends import AttentionBackend
+from megatron_vita.model.backends.backends import AttentionBackend
 from megatron_vita.model.layer import use_recomputing_layers
-from megatron_vita.model.output import OutputLayer, padded_vocabulary
+from megatron_vita.model.output.output import OutputLayer, padded_vocabulary
 from megatron_vita.model.rotary import inverse_frequencies
 
 

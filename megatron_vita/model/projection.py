@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_vita.model.weight_gradient import add_product
+from megatron_vita.model.output.weight_gradient import add_product
 from megatron_vita.parallel.collectives import concatenate_rows
 
 

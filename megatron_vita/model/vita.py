@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.layout.slicing import PackSlice
-from megatron_vita.model.backends import AttentionBackend
+from megatron_vita.model.backends.backends import AttentionBackend
 from megatron_vita.model.initial_weights import set_initial_weights
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.model.lora import with_adapters

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vita.config.parsing.yaml_file import read_yaml, resolved
 from megatron_vita.config.run_files import ENVIRONMENT, LEDGERS, METRICS, RECIPE
-from megatron_vita.config.yaml_file import read_yaml, resolved
 from megatron_vita.errors import DataError
 
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import TextConfig
-from megatron_vita.config.text import TemplateName
+from megatron_vita.config.groups.text import TemplateName
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.hugging_face import read_folder
 

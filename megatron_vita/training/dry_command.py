@@ -13,7 +13,7 @@ from megatron_vita.costs.suggest_report import describe_suggestions
 from megatron_vita.errors import ConfigError
 from megatron_vita.training.dry_report import check_memory, describe
 from megatron_vita.training.dry_run import dry_run
-from megatron_vita.training.wording import describe_levers
+from megatron_vita.training.metrics.wording import describe_levers
 
 
 def run_dry(recipe: Recipe, options: argparse.Namespace, *, world_size: int) -> None:

@@ -6,11 +6,11 @@ from dataclasses import asdict
 import numpy as np
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.devices import DEVICES, Device
 from megatron_vita.costs.fitting import Room
-from megatron_vita.costs.memory import GIB
-from megatron_vita.costs.parameters import model_parameters
+from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.memory.memory import GIB
+from megatron_vita.costs.memory.parameters import model_parameters
 from megatron_vita.costs.prediction import Prediction
 from megatron_vita.costs.remedies import find_remedies, name_remedies
 from megatron_vita.costs.tables import align
@@ -18,7 +18,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.rounding import ceil_div
 from megatron_vita.sizes import readable_bytes
 from megatron_vita.training.dry_run import DryRun, PackReport
-from megatron_vita.training.wording import count, describe_layout, describe_named_layout
+from megatron_vita.training.metrics.wording import count, describe_layout, describe_named_layout
 
 Row = Sequence[str]
 

@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.host_memory import HostMemory, host_memory
-from megatron_vita.costs.memory import PackLoad, RankMemory, full_pack, rank_memory
-from megatron_vita.costs.parameters import StageParameters, stage_parameters
+from megatron_vita.costs.memory.host_memory import HostMemory, host_memory
+from megatron_vita.costs.memory.memory import PackLoad, RankMemory, full_pack, rank_memory
+from megatron_vita.costs.memory.parameters import StageParameters, stage_parameters
 from megatron_vita.costs.prediction import Prediction, predict
 from megatron_vita.costs.stages import even_ends, stage_flops
 from megatron_vita.costs.step_time import RANKS_PER_NODE
@@ -24,9 +24,9 @@ from megatron_vita.layout.counts import count_by_rank
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.skipped import read_skipped
-from megatron_vita.training.streams import open_streams, pack_costs
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.skipped import read_skipped
+from megatron_vita.training.run.streams import open_streams, pack_costs
 
 PACKS_SHOWN = 4
 

@@ -8,16 +8,20 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.config.run_files import run_folder
-from megatron_vita.costs.adapters import whole_adapters
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
-from megatron_vita.costs.host_memory import host_memory
-from megatron_vita.costs.memory import GIB, full_pack, rank_memory
-from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
+from megatron_vita.costs.memory.adapters import whole_adapters
+from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.memory.host_memory import host_memory
+from megatron_vita.costs.memory.memory import GIB, full_pack, rank_memory
+from megatron_vita.costs.memory.parameters import (
+    model_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.sizes import readable_bytes
-from megatron_vita.training.environment import describe_environment
-from megatron_vita.training.run import Run
-from megatron_vita.training.wording import count, describe_layout, describe_levers
+from megatron_vita.training.metrics.environment import describe_environment
+from megatron_vita.training.metrics.wording import count, describe_layout, describe_levers
+from megatron_vita.training.run.run import Run
 
 
 def describe_run(run: Run) -> Iterator[str]:

@@ -10,17 +10,17 @@ from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.errors import StoppedError
 from megatron_vita.supervise.last_words import keep_last_words
-from megatron_vita.training.batches import FinalBatches, train_batches
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.callbacks.build import build_hooks
-from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.importing import import_callbacks
 from megatron_vita.training.callbacks.optional import check_packages
 from megatron_vita.training.header import describe_run
 from megatron_vita.training.rollback import restore, take_back
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.run_folder import RunLog
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.run.run_folder import RunLog
+from megatron_vita.training.step.batches import FinalBatches, train_batches
+from megatron_vita.training.step.step import train_step
 
 logger = logging.getLogger(__name__)
 

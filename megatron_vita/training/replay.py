@@ -9,11 +9,11 @@ from pathlib import Path
 from megatron_vita.config import NumericsConfig, Recipe
 from megatron_vita.config.run_files import LEDGERS
 from megatron_vita.data.loading.ledger import Ledger, read_ledgers
-from megatron_vita.training.batches import train_batches
-from megatron_vita.training.guard import Fault, Guard
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.guard import Fault, Guard
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.step.batches import train_batches
+from megatron_vita.training.step.step import train_step
 
 NOT_DONE = {
     "checkpoint.save": "",

@@ -7,10 +7,10 @@ from megatron_vita.checkpoint.retention import hide, is_saved
 from megatron_vita.checkpoint.saver import by_first, set_latest
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.files import sync
-from megatron_vita.training.resume import ResumePoint, check_length
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_state import finish_param_gather, restore_newest
-from megatron_vita.training.skipped import SkippedPacks, SkippedRange, write_skipped
+from megatron_vita.training.run.resume import ResumePoint, check_length
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_state import finish_param_gather, restore_newest
+from megatron_vita.training.run.skipped import SkippedPacks, SkippedRange, write_skipped
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import pytest
 
 from data_tools.pool import WorkerOptions
 from megatron_vita.config import GenerationConfig, describe_fields
-from megatron_vita.config.fields import Bounds, Form, check_fields, described, type_hints
+from megatron_vita.config.parsing.fields import Bounds, Form, check_fields, described, type_hints
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.requests import ADVISED, SamplingParams
+from megatron_vita.inference.requests.types import ADVISED, SamplingParams
 
 WORDS: list[tuple[dict[str, Any], str]] = [
     ({"ge": 1}, "at least 1"),

@@ -13,7 +13,7 @@ from megatron_vita.config import Recipe, load_recipe, recipe_from_dict
 from megatron_vita.config.named_layouts import known_layouts
 from megatron_vita.errors import ConfigError
 from megatron_vita.training import dry_report
-from megatron_vita.training.wording import describe_named_layout
+from megatron_vita.training.metrics.wording import describe_named_layout
 
 BASE = {
     "parallel": {"tensor_model_parallel_size": 8, "sequence_parallel": True},

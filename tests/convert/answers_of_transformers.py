@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_vita.inference.engine.engine import Engine
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 
 
 def assert_same_answer(

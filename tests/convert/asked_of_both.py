@@ -10,8 +10,8 @@ from megatron_vita.convert.importing import import_weights
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import PreparedPrompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import PreparedPrompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.media.normalization import NORMALIZATION
 from megatron_vita.media.normalize import normalize
 from tests.convert.answers_of_transformers import generated

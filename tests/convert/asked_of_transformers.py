@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
 from tests.convert.published import TILE
 from tests.convert.published_models import ROWS
 from tests.media.picture_files import file_of, photograph

@@ -20,7 +20,7 @@ from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
 from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.parallel import groups
-from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.run.run import Run, assemble_run
 from tests.functional.layout_worker import release, save_tensors, small_buckets, whole_gradients
 
 Outputs = list[Tensor]

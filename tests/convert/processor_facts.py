@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vita.inference.engine.engine import Engine
-from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
 from megatron_vita.media.frame_archive import pack_frames
 from tests.convert.asked_of_both import pixels_of
 from tests.convert.asked_of_transformers import WITH_MEDIA, Question

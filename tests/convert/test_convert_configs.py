@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vita.config import LanguageConfig, RopeScalingConfig, VisionConfig, load_recipe
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.convert.families.language_config import read_language, write_language
 from megatron_vita.convert.families.vision_config import read_clip, read_internvit, read_siglip
 from megatron_vita.errors import CheckpointError

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import MediaConfig, Recipe, recipe_from_dict
 from megatron_vita.convert import exporting
-from megatron_vita.convert.export_code import AUTO_MAP, FILES
-from megatron_vita.convert.export_prompts import complete_folder
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.families.folder_formats import LONG_VITA
 from megatron_vita.convert.importing import import_weights
+from megatron_vita.convert.settings.export_code import AUTO_MAP, FILES
+from megatron_vita.convert.settings.export_prompts import complete_folder
 from megatron_vita.convert.verify import compare_logits
 from megatron_vita.errors import CheckpointError
 from megatron_vita.inference.engine.engine import Engine

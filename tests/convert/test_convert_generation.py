@@ -11,9 +11,9 @@ from megatron_vita.config import GenerationConfig, load_recipe, recipe_from_dict
 from megatron_vita.convert.families.generation import read_generation
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.protocol import ChatRequest
-from megatron_vita.inference.server.sampling import defaults_of, sampling_of
+from megatron_vita.inference.server.protocol.limits import Limits
+from megatron_vita.inference.server.protocol.protocol import ChatRequest
+from megatron_vita.inference.server.protocol.sampling import defaults_of, sampling_of
 from tests.convert.published import GENERATION, change
 from tests.convert.toy_folders import model_of, save
 

@@ -34,7 +34,7 @@ from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.megatron import import_megatron
 from megatron_vita.errors import CheckpointError
-from megatron_vita.model.norm import RMSNorm
+from megatron_vita.model.backends.norm import RMSNorm
 from megatron_vita.parallel import groups
 from tests.convert.toy_folders import VOCAB, model_of, save, save_vision, tensors_of
 

@@ -15,11 +15,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import MediaConfig, Recipe, load_recipe, recipe_from_dict
-from megatron_vita.convert.config_file import Config
-from megatron_vita.convert.export_prompts import warn_of_differences
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.convert.families.folder_formats import INTERNVL_HF, format_of
 from megatron_vita.convert.families.pixels import Processors, read_media
 from megatron_vita.convert.importing import import_weights, plan_import
+from megatron_vita.convert.settings.export_prompts import warn_of_differences
 from megatron_vita.convert.sources import open_source
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.media.normalize import normalize

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vita.config import LanguageConfig, ModelConfig, RopeScalingConfig
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.convert.families.folder_formats import format_of
 from megatron_vita.convert.families.language_config import read_language, write_language
 from megatron_vita.errors import CheckpointError

@@ -18,7 +18,7 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import DataConfig, Recipe, VisionConfig, recipe_from_dict
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
-from megatron_vita.costs.parameters import model_parameters
+from megatron_vita.costs.memory.parameters import model_parameters
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vision import VisionTower, pixel_shuffle
 from megatron_vita.parallel import groups

@@ -16,7 +16,7 @@ from megatron_vita.config import (
     Recipe,
     TrainingConfig,
 )
-from megatron_vita.costs.memory import PackLoad
+from megatron_vita.costs.memory.memory import PackLoad
 
 QWEN_7B: dict[str, Any] = {
     "num_layers": 28,

@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 
 from megatron_vita.config import Recipe, load_recipe
-from megatron_vita.costs.adapters import part_adapters, stage_adapters, whole_adapters
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.devices import H100
 from megatron_vita.costs.fitting import GIB, Room, fit_memory
 from megatron_vita.costs.flops import pack_flops, training_flops
-from megatron_vita.costs.host_memory import host_memory
-from megatron_vita.costs.layer_memory import layer_tensors
-from megatron_vita.costs.memory import full_pack, rank_memory
-from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
+from megatron_vita.costs.memory.adapters import part_adapters, stage_adapters, whole_adapters
+from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.memory.host_memory import host_memory
+from megatron_vita.costs.memory.layer_memory import layer_tensors
+from megatron_vita.costs.memory.memory import full_pack, rank_memory
+from megatron_vita.costs.memory.parameters import (
+    model_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from megatron_vita.training.dry_run import dry_run
 from tests.costs.measured import QWEN_7B
 from tests.forked import run_program

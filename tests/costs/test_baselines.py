@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from training_cases import case_from_dict
 
 from megatron_vita.costs.devices import find_device
-from megatron_vita.costs.memory import PackLoad
-from megatron_vita.costs.offload import offload_buffers
+from megatron_vita.costs.memory.memory import PackLoad
+from megatron_vita.costs.memory.offload import offload_buffers
 from megatron_vita.costs.prediction import Prediction, predict
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -18,7 +18,7 @@ from megatron_vita.costs.fitting import (
     memory_need,
     smallest,
 )
-from megatron_vita.costs.memory import GIB, full_pack
+from megatron_vita.costs.memory.memory import GIB, full_pack
 from megatron_vita.costs.options import add_options, chosen_device, chosen_room, likely_device
 from megatron_vita.costs.remedies import find_remedies, name_remedies
 from megatron_vita.costs.step_time import step_time

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, TrainingConfig
-from megatron_vita.costs.host_memory import host_memory, saving_memory
-from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors, plan_layers
-from megatron_vita.costs.memory import GIB, PackLoad, RankMemory, rank_memory
-from megatron_vita.costs.optimizer_memory import OptimizerBytes, optimizer_bytes
-from megatron_vita.costs.parameters import model_parameters
-from megatron_vita.costs.schedule import most_kept
+from megatron_vita.costs.memory.host_memory import host_memory, saving_memory
+from megatron_vita.costs.memory.layer_memory import LayerPlan, layer_tensors, plan_layers
+from megatron_vita.costs.memory.memory import GIB, PackLoad, RankMemory, rank_memory
+from megatron_vita.costs.memory.optimizer_memory import OptimizerBytes, optimizer_bytes
+from megatron_vita.costs.memory.parameters import model_parameters
+from megatron_vita.costs.memory.schedule import most_kept
 from tests.costs.measured import STEPS, TOO_LARGE, Measured
 
 

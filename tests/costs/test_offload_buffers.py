@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vita.config import load_recipe
-from megatron_vita.costs.offload import offload_buffers
+from megatron_vita.costs.memory.offload import offload_buffers
 
 FULL = ["training.recompute_granularity=full", "training.recompute_keep_attention_layers=-1"]
 SHAPE = [

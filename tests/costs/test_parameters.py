@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vita.config import LanguageConfig, ModelConfig, VisionConfig
-from megatron_vita.costs.parameters import model_parameters, projector, vision_tower
+from megatron_vita.costs.memory.parameters import model_parameters, projector, vision_tower
 from tests.costs.measured import QWEN_7B
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vita.config import Recipe
 from megatron_vita.costs.devices import H100, H200, find_device
-from megatron_vita.costs.memory import PackLoad
+from megatron_vita.costs.memory.memory import PackLoad
 from megatron_vita.costs.step_time import StepTime, step_time
 from tests.costs.measured import STEPS, TIMED, Measured
 from tests.costs.test_memory import changed

@@ -11,8 +11,8 @@ from megatron_vita.config import DataConfig
 from megatron_vita.data.loading.ledger import Damage, Ledger, read_ledgers
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.errors import VitaError
-from megatron_vita.training.batches import Agreement
 from megatron_vita.training.callbacks.damage import DamageCallback
+from megatron_vita.training.step.batches import Agreement
 from tests.data.toy_data import World, clip, train_stream
 from tests.media.video_files import damage
 

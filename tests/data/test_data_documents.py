@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_vita.config import MediaConfig, TextConfig
-from megatron_vita.config.text import TEMPLATES
+from megatron_vita.config.groups.text import TEMPLATES
 from megatron_vita.data.planning.token_counts import Lengths, document_lengths
 from megatron_vita.data.samples.documents import Document, build_document, check_length
 from megatron_vita.data.samples.encoding import SampleEncoder

@@ -30,7 +30,7 @@ from megatron_vita.errors import DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer_base import Tokenizer
-from megatron_vita.training.faults import FaultReport, FaultyPack, write_dump
+from megatron_vita.training.run.faults import FaultReport, FaultyPack, write_dump
 from tests.data.toy_data import World, clip, picture, talk, toy_recipe
 from tests.forked import run_program
 from tests.indexes import index_of, index_shard

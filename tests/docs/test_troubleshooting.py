@@ -9,7 +9,7 @@ import pytest
 from megatron_vita.config import Recipe
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.text.tokenizer import load_tokenizer
-from megatron_vita.training.resume import FIXED, check_parts
+from megatron_vita.training.run.resume import FIXED, check_parts
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ import pytest
 from megatron_vita.errors import DataError, LogitsError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
 from megatron_vita.inference.client.client import ChatServer, openai_messages, openai_options
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import CompletionOutput, SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import CompletionOutput, SamplingParams
 from tests.evaluation.chat_server import APIError, FakeChatServer, serving, texts_of
 
 GREEDY = SamplingParams(max_new_tokens=5)

@@ -19,8 +19,8 @@ from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.needle_run import NeedleGrid, run_needles
 from megatron_vita.evaluation.needles import Cell, Haystack, count_tokens, pages_within
 from megatron_vita.evaluation.pages import Book, PageStyle, read_text
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 from megatron_vita.text.chat_format import ChatFormat

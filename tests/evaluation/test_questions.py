@@ -11,8 +11,8 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.questions import read_questions, run_questions
 from megatron_vita.evaluation.results import ResultLog
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 
 
 class Says:

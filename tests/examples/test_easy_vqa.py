@@ -19,8 +19,8 @@ from examples.easy_vqa.prepare import (
     read_questions,
     usual_answers,
 )
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import CompletionOutput
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import CompletionOutput
 from tests.environment import ROOT
 from tests.forked import run_program
 

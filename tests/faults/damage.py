@@ -7,9 +7,9 @@ from pathlib import Path
 from megatron_vita import platform
 from megatron_vita.config import load_recipe
 from megatron_vita.training.loop import train
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.run_state import restore_newest
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.run.run_state import restore_newest
 from tests.faults.rows import Row
 from tests.functional.toy_run import make_toy_run
 from tests.training.damage import DAMAGE

@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.training.callbacks import Callback
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run
 
 
 class PacedCallback(Callback):

@@ -13,8 +13,8 @@ from megatron_vita.config import load_recipe
 from megatron_vita.errors import VitaError
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run
 
 FIELDS = [
     "parallel.pipeline_model_parallel_size=2",

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch
-from megatron_vita.model.backends import AttentionBackend, TorchBackend
+from megatron_vita.model.backends.backends import AttentionBackend, TorchBackend
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.training.callbacks.watching import WatchCallback
-from megatron_vita.training.run import Run
+from megatron_vita.training.run.run import Run
 from tests.functional.hang_kinds import HANG_SECONDS, HANGS
 
 

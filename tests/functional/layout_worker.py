@@ -20,11 +20,11 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.parallel import groups
-from megatron_vita.training import optimizer
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.run_state import finish_param_gather
-from megatron_vita.training.step import train_step
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.optimizer import optimizer
+from megatron_vita.training.run.run import Run, assemble_run
+from megatron_vita.training.run.run_state import finish_param_gather
+from megatron_vita.training.step.step import train_step
 from tests.functional.layouts import Layout
 from tests.functional.synthetic import make_step, share_of, tiny_recipe
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import EngineError
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from tests.inference.tiny import prompts, tiny_engine
 
 

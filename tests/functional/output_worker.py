@@ -16,13 +16,13 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.config import Recipe
-from megatron_vita.model import output
 from megatron_vita.model.build import build_model
-from megatron_vita.model.row_losses import LossInputs, compute_losses
+from megatron_vita.model.output import output
+from megatron_vita.model.output.row_losses import LossInputs, compute_losses
 from megatron_vita.parallel import groups
-from megatron_vita.training.optimizer import build_optimizer
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.optimizer.optimizer import build_optimizer
+from megatron_vita.training.run.run import Run, assemble_run
+from megatron_vita.training.step.step import train_step
 from tests.functional.layout_worker import (
     my_batches,
     release,

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_state import finish_param_gather
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_state import finish_param_gather
+from megatron_vita.training.step.step import train_step
 from tests.functional.layout_worker import my_batches, open_layout
 
 SKIPS: dict[str, Any] = {

@@ -8,9 +8,10 @@ import psutil
 import torch.distributed as dist
 
 from megatron_vita.data.batch import Batch
-from megatron_vita.training import loop, optimizer
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training import loop
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.optimizer import optimizer
+from megatron_vita.training.run.run import Run
 
 
 def use_small_buckets() -> None:

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 from megatron_vita.parallel import groups
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.run_state import restore, save_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run, assemble_run
+from megatron_vita.training.run.run_state import restore, save_run
+from megatron_vita.training.step.step import train_step
 from tests.functional.layout_worker import my_batches, release, save_tensors, small_buckets
 from tests.functional.synthetic import tiny_recipe
 

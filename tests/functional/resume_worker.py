@@ -24,8 +24,8 @@ from megatron_vita.checkpoint.saver import Saver
 from megatron_vita.config import load_recipe
 from megatron_vita.data.batch import Batch
 from megatron_vita.training import loop
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run
 from tests.functional.recorded import kill_all, record_steps, use_small_buckets
 
 use_small_buckets()

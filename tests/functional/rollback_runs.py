@@ -11,7 +11,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.run import Run
+from megatron_vita.training.run.run import Run
 from tests.functional.poison import Poison, equal, snapshot
 
 SIZE = 4

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import OutputConfig, ParallelConfig, Recipe
 from megatron_vita.model.build import transformer_config
-from megatron_vita.model.output import OutputLayer
+from megatron_vita.model.output.output import OutputLayer
 from megatron_vita.parallel import groups
 
 LENGTH = 24

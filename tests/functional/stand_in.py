@@ -6,8 +6,8 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_vita.model.backends import FlashBackend, TorchBackend
-from megatron_vita.model.flash_attention import FlashAttention, SequenceBounds
+from megatron_vita.model.backends.backends import FlashBackend, TorchBackend
+from megatron_vita.model.backends.flash_attention import FlashAttention, SequenceBounds
 
 
 class PlainKernel:

@@ -14,7 +14,7 @@ import torch
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
-from megatron_vita.training.run import Run
+from megatron_vita.training.run.run import Run
 from tests.functional.launch import MOST_PROCESSES, torchrun
 from tests.functional.layout_worker import open_layout, run_steps, save_tensors, write_metrics
 from tests.functional.layouts import FEATURES, Layout, covering_layouts, layout_of

@@ -16,10 +16,10 @@ from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.errors import CheckpointError
 from megatron_vita.parallel import groups
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.run_state import restore, save_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run, assemble_run
+from megatron_vita.training.run.run_state import restore, save_run
+from megatron_vita.training.step.step import train_step
 from tests.functional.launch import run_ranks
 from tests.functional.layout_worker import my_batches
 from tests.functional.synthetic import tiny_recipe

@@ -11,7 +11,7 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.model.dora import DoraAdapter
 from megatron_vita.model.lora import adapters_of
-from megatron_vita.training.run import Run
+from megatron_vita.training.run.run import Run
 from tests.functional.launch import MOST_PROCESSES, torchrun
 from tests.functional.layout_worker import open_layout, run_steps, save_tensors, write_metrics
 from tests.functional.layouts import Layout, layout_of

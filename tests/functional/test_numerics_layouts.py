@@ -12,7 +12,7 @@ from megatron_vita.cli.replay import replay_run
 from megatron_vita.config import load_recipe
 from megatron_vita.errors import VitaError
 from megatron_vita.training.callbacks.replicas import ReplicaCallback
-from megatron_vita.training.step import train_step
+from megatron_vita.training.step.step import train_step
 from tests.functional.launch import run_ranks
 from tests.functional.layout_worker import my_batches, open_layout
 from tests.functional.poison import KINDS, Poison, check_skips

@@ -16,8 +16,8 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import ParallelConfig
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from tests.environment import environment_with

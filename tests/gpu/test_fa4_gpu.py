@@ -21,8 +21,8 @@ def run(
     tensors: list[torch.Tensor], queries: list[int], keys: list[int], *, deterministic: bool = False
 ) -> list[torch.Tensor]:
     """Output and gradients of query, key, value [rows, heads, width] and output gradient."""
-    from megatron_vita.model.fa4 import FlashAttention4, _starts
-    from megatron_vita.model.flash_attention import SequenceBounds
+    from megatron_vita.model.backends.fa4 import FlashAttention4, _starts
+    from megatron_vita.model.backends.flash_attention import SequenceBounds
 
     kernel = FlashAttention4(deterministic=deterministic)
     (query, key, value, grad) = tensors
@@ -54,7 +54,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 def test_packs_have_the_outputs_and_gradients_of_torch_in_fp32(
     lengths: list[int], shape: tuple[int, int, int]
 ) -> None:
-    from megatron_vita.model.fa4 import _in_fp32
+    from megatron_vita.model.backends.fa4 import _in_fp32
 
     tensors = random_tensors(sum(lengths), shape)
     assert_close(run(tensors, lengths, lengths), _in_fp32(*tensors, lengths=(lengths, lengths)))
@@ -93,7 +93,7 @@ def test_deterministic_gradients_are_the_same_bits_each_time(shape: tuple[int, i
 
 
 def test_kernels_that_compute_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_vita.model import fa4
+    from megatron_vita.model.backends import fa4
 
     shape: dict[str, Any] = {"heads": 14, "query_groups": 2, "width": 128, "dtype": torch.bfloat16}
     fa4.check_fa4(**shape)

@@ -13,13 +13,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_fused_attention_is_found_for_bf16() -> None:
-    from megatron_vita.model.fused_attention import check_fused_attention
+    from megatron_vita.model.backends.fused_attention import check_fused_attention
 
     check_fused_attention(heads=28, query_groups=4, width=128, dtype=torch.bfloat16)
 
 
 def test_what_only_unfused_attention_could_do_is_an_error() -> None:
-    from megatron_vita.model.fused_attention import check_fused_attention
+    from megatron_vita.model.backends.fused_attention import check_fused_attention
 
     with pytest.raises(PlatformError, match="no fused attention for this run"):
         check_fused_attention(heads=28, query_groups=4, width=128, dtype=torch.float32)

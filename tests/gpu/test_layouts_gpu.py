@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
-from megatron_vita.training.run import Run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.step.step import train_step
 from tests.functional.launch import torchrun
 from tests.functional.layout_worker import (
     STEPS,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.data.batch import Batch
-from megatron_vita.training import step
-from megatron_vita.training.run import Run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.step import step
+from megatron_vita.training.step.step import train_step
 from tests.functional.layout_worker import open_layout
 from tests.functional.synthetic import make_pack
 from tests.gpu.fields import FA4, fa4_layouts

@@ -9,7 +9,7 @@ import torch
 
 from megatron_vita.inference.generation.beams import BeamSearch
 from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, sample_tokens
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from tests.gpu.fields import GPUS
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")

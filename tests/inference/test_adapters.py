@@ -17,8 +17,8 @@ from megatron_vita.convert.families.adapters import update_of
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import CompletionOutput, SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import CompletionOutput, SamplingParams
 from megatron_vita.model.lora import named_linears, row_owners
 from tests.functional.launch import run_ranks
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_vita.errors import LogitsError
 from megatron_vita.inference.generation.beams import BeamHypothesis, BeamSearch
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from tests.scale import scaled
 
 PROMPT = [5, 9, 3, 17]

@@ -9,7 +9,12 @@ import torch
 from megatron_vita.inference.generation.beams import BeamHypothesis
 from megatron_vita.inference.generation.choice_state import ChoiceState
 from megatron_vita.inference.generation.sampling import sample_tokens
-from megatron_vita.inference.requests import OutputDelta, SamplingParams, ScoredToken, TokenScore
+from megatron_vita.inference.requests.types import (
+    OutputDelta,
+    SamplingParams,
+    ScoredToken,
+    TokenScore,
+)
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.train import train_sentencepiece

@@ -21,8 +21,8 @@ from megatron_vita.data.samples.encoding import Medium, TileFormat
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import DataError, PlatformError
 from megatron_vita.inference.engine.engine import Engine
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import OutputDelta, SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import OutputDelta, SamplingParams
 from megatron_vita.inference.vision import decode_pool, tile_decoder
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.media.tiling import Grid, Tiling

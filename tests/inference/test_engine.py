@@ -14,9 +14,9 @@ from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import CompletionOutput, OutputDelta, SamplingParams
-from megatron_vita.inference.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.types import CompletionOutput, OutputDelta, SamplingParams
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
 GREEDY = SamplingParams(max_new_tokens=10, logprobs=3, ignore_eos=True)

@@ -15,8 +15,8 @@ from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.engine.engine import Engine, EngineOptions
-from megatron_vita.inference.prompt import MediaFile, Prompt, prepare_prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt, prepare_prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.media.video import probe_video
 from megatron_vita.text.vocabulary import open_tokenizer

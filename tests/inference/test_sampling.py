@@ -28,7 +28,7 @@ from megatron_vita.inference.generation.sampling import (
     sample_tokens,
     uniform_number,
 )
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 
 VOCAB = 50
 

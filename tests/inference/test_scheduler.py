@@ -7,8 +7,8 @@ import torch
 
 from megatron_vita import platform
 from megatron_vita.inference.engine.engine import Engine
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from tests.inference.tiny import picture, tiny_engine
 
 RED = Prompt.ask("is there a red circle")

@@ -11,8 +11,8 @@ import pytest
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.engine.request import Request
 from megatron_vita.inference.engine.scheduler import PREFETCH_CHUNKS, Scheduler, SchedulerConfig
-from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.layout.blocks import BlockLayout
 
 ROWS = 6  # of a tile

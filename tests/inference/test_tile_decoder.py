@@ -5,8 +5,8 @@ import pytest
 
 from megatron_vita.data.samples.encoding import Medium, TileFormat
 from megatron_vita.errors import DataError
-from megatron_vita.inference.prompt import MediaFile
-from megatron_vita.inference.scheduler_output import NewSequence
+from megatron_vita.inference.requests.prompt import MediaFile
+from megatron_vita.inference.requests.scheduler_output import NewSequence
 from megatron_vita.inference.vision import tile_decoder
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder

@@ -24,7 +24,7 @@ from megatron_vita.config import (
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt
+from megatron_vita.inference.requests.prompt import MediaFile, PreparedPrompt, Prompt
 from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.media.normalize import normalize

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from megatron_vita.config.media import NORMALIZATIONS
+from megatron_vita.config.groups.media import NORMALIZATIONS
 from megatron_vita.errors import ConfigError
 from megatron_vita.media.normalization import NORMALIZATION, mean_color
 from megatron_vita.media.normalize import normalize

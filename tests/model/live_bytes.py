@@ -18,7 +18,7 @@ from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
-from megatron_vita.training.host_buffers import open_activation_store
+from megatron_vita.training.run.host_buffers import open_activation_store
 from tests.functional.synthetic import LENGTH, make_pack, share_of, tiny_recipe
 
 ROW = LENGTH * 32 * 4  # bytes of a hidden state of the tiny model

@@ -14,7 +14,7 @@ from megatron_vita.convert.families.adapters import (
     join_norms,
 )
 from megatron_vita.parallel import groups
-from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.run.run import Run, assemble_run
 from tests.functional.synthetic import ROWS, VOCAB, tiny_recipe
 from tests.model.hf_weights import copy_into, our_tensors, randomize
 

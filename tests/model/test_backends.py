@@ -8,9 +8,9 @@ import torch
 from megatron_vita import platform
 from megatron_vita.config import ParallelConfig, Recipe
 from megatron_vita.errors import ConfigError, PlatformError
-from megatron_vita.model import backends
-from megatron_vita.model.backends import TransformerEngineBackend, choose_backend
-from megatron_vita.model.documents import pack_documents
+from megatron_vita.model.backends import backends
+from megatron_vita.model.backends.backends import TransformerEngineBackend, choose_backend
+from megatron_vita.model.backends.documents import pack_documents
 from megatron_vita.parallel import groups
 
 

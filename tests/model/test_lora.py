@@ -19,7 +19,7 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.dora import squared_norms
 from megatron_vita.model.lora import adapters_of, adapters_off, row_owners
-from megatron_vita.training.step import train_step, validate
+from megatron_vita.training.step.step import train_step, validate
 from tests.functional.synthetic import IGNORED, LENGTH, ROWS, make_pack
 from tests.model.peft_models import (
     CASES,

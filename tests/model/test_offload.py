@@ -14,7 +14,7 @@ from megatron_vita.model.build import build_model
 from megatron_vita.model.offload import ActivationStore, LayerActivations
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
-from megatron_vita.training.host_buffers import open_activation_store
+from megatron_vita.training.run.host_buffers import open_activation_store
 from tests.functional.synthetic import make_pack, share_of, tiny_recipe
 
 KEPT = {"recompute_granularity": "full", "recompute_keep_attention_layers": 2}

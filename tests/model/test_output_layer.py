@@ -16,7 +16,7 @@ from megatron_vita import platform
 from megatron_vita.config import OutputConfig, Recipe
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.model.build import transformer_config
-from megatron_vita.model.output import OutputLayer
+from megatron_vita.model.output.output import OutputLayer
 from megatron_vita.parallel import groups
 
 LENGTH = 40

@@ -12,8 +12,8 @@ from megatron_vita.config import DatasetConfig, DpoConfig, LoraConfig, Recipe
 from megatron_vita.data.batch import Batch
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.normalize import normalize
-from megatron_vita.training.preference import pair_losses
-from megatron_vita.training.step import train_step, validate
+from megatron_vita.training.step.preference import pair_losses
+from megatron_vita.training.step.step import train_step, validate
 from tests.functional.synthetic import IGNORED, ROWS, make_pack, pair_up
 from tests.model.peft_models import (
     IMAGE_TOKEN,

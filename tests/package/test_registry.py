@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vita import registry
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.convert.families.folder_formats import FOLDER_FORMATS, format_of
 from megatron_vita.errors import ConfigError
 from megatron_vita.registry import Registry, register

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import TextConfig
-from megatron_vita.config.text import TEMPLATES as RECIPE_TEMPLATES
+from megatron_vita.config.groups.text import TEMPLATES as RECIPE_TEMPLATES
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import MediaPart, TextPart, Turn

@@ -16,11 +16,11 @@ from megatron_vita import platform
 from megatron_vita.config import load_recipe, recipe_from_dict
 from megatron_vita.errors import CallbackError, ConfigError, StoppedError, VitaError
 from megatron_vita.training.callbacks import Callback
-from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.importing import import_callbacks
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run
 from tests.functional.launch import torchrun
 from tests.functional.toy_run import QUICK, data_tools, toy_recipe
 
@@ -29,7 +29,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "easy_vqa" / "stage1.yaml"
 HOOKS = [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]
 MODULE = """
 from megatron_vita.training.callbacks import Callback
-from megatron_vita.training.callbacks.hooks import Hooks
+from megatron_vita.training.run.hooks import Hooks
 
 class Mine(Callback):
     def __init__(self, threshold=1.0):

@@ -7,11 +7,11 @@ import pytest
 
 from megatron_vita.checkpoint import shared_folder, space
 from megatron_vita.config import load_recipe
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
 from megatron_vita.errors import (
     CheckpointError,
 )
-from megatron_vita.training.run import open_run
+from megatron_vita.training.run.run import open_run
 from tests.functional.toy_run import QUICK
 
 FAST = [*QUICK, "training.train_iters=2"]

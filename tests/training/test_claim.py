@@ -9,8 +9,8 @@ from megatron_vita.config import load_recipe
 from megatron_vita.errors import ClaimedError
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run
 
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]
 

@@ -8,9 +8,10 @@ import pytest
 from megatron_vita import platform
 from megatron_vita.config import Recipe, TrainingConfig, load_recipe
 from megatron_vita.errors import ConfigError
-from megatron_vita.training import fitting, loop
+from megatron_vita.training import loop
 from megatron_vita.training.loop import train
-from megatron_vita.training.run import Run
+from megatron_vita.training.run import fitting
+from megatron_vita.training.run.run import Run
 
 GIB = 1 << 30
 

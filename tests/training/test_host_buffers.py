@@ -7,8 +7,8 @@ from megatron_vita.config import Recipe
 from megatron_vita.errors import ConfigError, PlatformError
 from megatron_vita.model import offload
 from megatron_vita.parallel import groups
-from megatron_vita.training import host_buffers
-from megatron_vita.training.run import assemble_run
+from megatron_vita.training.run import host_buffers
+from megatron_vita.training.run.run import assemble_run
 from tests.functional.synthetic import tiny_recipe
 
 NEEDED = 4 * 2 * 128 * 32 * 4  # input and attention output of four layers

@@ -22,10 +22,10 @@ from megatron_vita.parallel import groups
 from megatron_vita.training import loop
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
-from megatron_vita.training.meter import Meter
-from megatron_vita.training.metrics import count_batch, measure_memory
-from megatron_vita.training.run import Run, assemble_run
-from megatron_vita.training.wording import count
+from megatron_vita.training.metrics.meter import Meter
+from megatron_vita.training.metrics.metrics import count_batch, measure_memory
+from megatron_vita.training.metrics.wording import count
+from megatron_vita.training.run.run import Run, assemble_run
 from tests.functional.synthetic import make_pack, tiny_recipe
 from tests.functional.toy_run import QUICK
 

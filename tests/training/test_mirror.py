@@ -24,8 +24,8 @@ from megatron_vita.config import load_recipe
 from megatron_vita.errors import CallbackError, ConfigError, SaveError
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, open_run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run, open_run
 from tests.data.s3_server import FaultyStore
 from tests.functional.toy_run import make_toy_run
 

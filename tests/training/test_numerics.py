@@ -17,12 +17,12 @@ from megatron_vita.cli.replay import replay_run
 from megatron_vita.config import NumericsConfig, load_recipe
 from megatron_vita.errors import DataError, VitaError
 from megatron_vita.training.callbacks import Callback
-from megatron_vita.training.faults import read_dump
-from megatron_vita.training.guard import Guard
 from megatron_vita.training.loop import train
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.step import normalize, train_step
+from megatron_vita.training.run.faults import read_dump
+from megatron_vita.training.run.guard import Guard
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.step.step import normalize, train_step
 from tests.functional.layout_worker import my_batches, open_layout
 from tests.functional.poison import KINDS, Poison, check_skips
 from tests.functional.rollback_runs import Spoils
@@ -162,7 +162,7 @@ def skipped(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     finder = FindsPack()
     fields = [*FAST, "numerics.nonfinite_action=skip", f"checkpoint.save={folder}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_vita.training.step.normalize", spoil)
+        patch.setattr("megatron_vita.training.step.step.normalize", spoil)
         train(load_recipe(recipe_path, fields), callbacks=[finder])
     return folder, finder
 

@@ -11,12 +11,13 @@ from megatron_vita import platform
 from megatron_vita.errors import CheckpointError, PlatformError
 from megatron_vita.parallel import groups
 from megatron_vita.platform.remainders import join_weights, split_weights
-from megatron_vita.training import optimizer_state, run
-from megatron_vita.training.optimizer import check_optimizer
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import assemble_run
-from megatron_vita.training.run_state import restore, save_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.optimizer import state as optimizer_state
+from megatron_vita.training.optimizer.optimizer import check_optimizer
+from megatron_vita.training.run import run
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import assemble_run
+from megatron_vita.training.run.run_state import restore, save_run
+from megatron_vita.training.step.step import train_step
 from tests.functional.layout_worker import my_batches, small_buckets
 from tests.functional.synthetic import tiny_recipe
 from tests.training.fused_adam import installed, numpy_join, numpy_split

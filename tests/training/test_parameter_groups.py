@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vita.config import load_recipe
-from megatron_vita.training.run import open_run
+from megatron_vita.training.run.run import open_run
 from tests.functional.toy_run import QUICK
 
 FAST = [*QUICK, "training.train_iters=2"]

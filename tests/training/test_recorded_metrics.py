@@ -13,9 +13,9 @@ from megatron_vita.config import load_recipe
 from megatron_vita.errors import ConfigError
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.meter import Meter
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.meter import Meter
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run
 from tests.functional.toy_run import QUICK
 
 FAST = [*QUICK, "training.tensorboard_dir=''", "training.train_iters=3"]

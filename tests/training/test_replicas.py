@@ -11,7 +11,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.training.callbacks import replicas
 from megatron_vita.training.callbacks.replicas import Divergence, _name, hash_bits
 from megatron_vita.training.loop import train
-from megatron_vita.training.run import Run
+from megatron_vita.training.run.run import Run
 
 VALUES = [[0, 1, -2, 7, 7], [0.0, -1.5, 3e-39, float("inf"), float("nan")]]
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]

@@ -18,20 +18,22 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import load_recipe
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.parallel.sharded_state import sharded_tensors
-from megatron_vita.training import optimizer, optimizer_shards, optimizer_state
-from megatron_vita.training.batches import train_batches, validation_batches
 from megatron_vita.training.callbacks.watching import awaited_samples
 from megatron_vita.training.dry_run import dry_run
 from megatron_vita.training.loop import train
-from megatron_vita.training.resume import ResumePoint, check_parts
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.run_state import save_run
-from megatron_vita.training.skipped import SkippedPacks, SkippedRange, write_skipped
-from megatron_vita.training.streams import open_streams
+from megatron_vita.training.optimizer import optimizer
+from megatron_vita.training.optimizer import shards as optimizer_shards
+from megatron_vita.training.optimizer import state as optimizer_state
+from megatron_vita.training.run.resume import ResumePoint, check_parts
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.run.run_state import save_run
+from megatron_vita.training.run.skipped import SkippedPacks, SkippedRange, write_skipped
+from megatron_vita.training.run.streams import open_streams
+from megatron_vita.training.step.batches import train_batches, validation_batches
 from tests.forked import run_program
 from tests.functional.toy_run import data_tools, make_toy_run
 
@@ -344,7 +346,7 @@ def test_packs_that_rollbacks_leave_out_are_counted_before_the_model_is_built(
     most = STEP + (packs - PACKS - 4) // 2
     fields = ["training.global_batch_size=2", f"training.train_iters={most + 1}"]
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_vita.training.run.assemble_run", lambda recipe: 1 / 0)
+        patch.setattr("megatron_vita.training.run.run.assemble_run", lambda recipe: 1 / 0)
         message = f"leave out, needs .* packs, but the plan .* holds {packs}.* to {most}$"
         with pytest.raises(ConfigError, match=message):
             resumed(halfway, *fields)

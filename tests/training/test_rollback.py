@@ -23,17 +23,17 @@ from megatron_vita.errors import (
 )
 from megatron_vita.report.reading import read_run
 from megatron_vita.training import rollback
-from megatron_vita.training.batches import FinalBatches
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run
-from megatron_vita.training.skipped import (
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.skipped import (
     SkippedPacks,
     SkippedRange,
     read_skipped,
     write_skipped,
 )
+from megatron_vita.training.step.batches import FinalBatches
 from tests.functional.poison import equal
 from tests.functional.rollback_runs import (
     LEFT_OUT,

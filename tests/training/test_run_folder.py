@@ -18,17 +18,17 @@ from mlflow import MlflowClient
 from wandb.proto import wandb_internal_pb2
 
 from megatron_vita.config import TrainingConfig, load_recipe
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
 from megatron_vita.errors import CallbackError, ConfigError, PlatformError
 from megatron_vita.report.__main__ import main as report
 from megatron_vita.report.reading import read_run
 from megatron_vita.sizes import readable_bytes
-from megatron_vita.training import environment, pace
 from megatron_vita.training.callbacks import Callback, optional
 from megatron_vita.training.callbacks.console import LogCallback
 from megatron_vita.training.loop import train
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog, note_start, take_back_recipes
+from megatron_vita.training.metrics import environment, pace
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_folder import RunLog, note_start, take_back_recipes
 from tests.functional.toy_run import QUICK
 
 

@@ -28,9 +28,9 @@ from megatron_vita.checkpoint.writing import Share, WriterProcess, Written
 from megatron_vita.config import load_recipe
 from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.loop import train
-from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.run_state import open_saver, restore_newest, start_save
+from megatron_vita.training.run.resume import ResumePoint
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.run.run_state import open_saver, restore_newest, start_save
 from tests.training.damage import DAMAGE, TENSORS, cut, flip
 
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]

@@ -12,7 +12,7 @@ from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.config.miniature import shrink
 from megatron_vita.errors import ConfigError
 from megatron_vita.registry import register
-from megatron_vita.training.schedule import build_schedule
+from megatron_vita.training.optimizer.schedule import build_schedule
 
 STEPS = 20
 PEAK = 0.8

@@ -11,10 +11,10 @@ import torch.distributed as dist
 import yaml
 
 from megatron_vita.config import load_recipe
-from megatron_vita.training import step
-from megatron_vita.training.batches import FinalBatches
 from megatron_vita.training.callbacks.slow_ranks import RankTimes, find_slow_ranks
 from megatron_vita.training.loop import train
+from megatron_vita.training.step import step
+from megatron_vita.training.step.batches import FinalBatches
 from tests.functional.launch import run_ranks
 from tests.functional.toy_run import make_toy_run
 

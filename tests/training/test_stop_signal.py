@@ -13,12 +13,13 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.errors import (
     StoppedError,
 )
-from megatron_vita.training import loop, stop_signal
+from megatron_vita.training import loop
 from megatron_vita.training.callbacks import validation
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run import stop_signal
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.step.step import train_step
 from tests.functional.toy_run import QUICK
 
 FAST = [*QUICK, "training.train_iters=2"]

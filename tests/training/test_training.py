@@ -24,9 +24,9 @@ from megatron_vita.training import loop
 from megatron_vita.training.callbacks import validation
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, open_run
-from megatron_vita.training.step import train_step
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.step.step import train_step
 from tests.functional.toy_run import QUICK, data_tools, make_toy_run
 
 PARTS = ("vision_model", "projector", "language_model")
@@ -259,7 +259,7 @@ def test_a_run_that_diverges_stops_and_names_step_and_packs(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "megatron_vita.training.step.normalize",
+        "megatron_vita.training.step.step.normalize",
         lambda tiles, *_, **__: tiles.float() * float("nan"),
     )
     with pytest.raises(VitaError, match=r"step 1: loss nan.*packs 1 to 4"):

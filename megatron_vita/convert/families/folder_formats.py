@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
-from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config
 from megatron_vita.convert.families import idle_fields
 from megatron_vita.convert.families import vision_tables as names
+from megatron_vita.convert.families.config_file import QUANTIZED, UNQUANTIZED, Config
 from megatron_vita.convert.families.language_config import FAMILIES, read_language, write_language
 from megatron_vita.convert.families.language_tables import language_table
 from megatron_vita.convert.families.mapping import Rule, expand

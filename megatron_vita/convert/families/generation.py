@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import GenerationConfig
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 
 GENERATION = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

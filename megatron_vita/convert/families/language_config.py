@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vita.config import LanguageConfig
-from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config
 from megatron_vita.convert.families import idle_fields
+from megatron_vita.convert.families.config_file import QUANTIZED, UNQUANTIZED, Config
 from megatron_vita.convert.families.rotary_config import read_rotary, write_rotary
 from megatron_vita.errors import CheckpointError
 from megatron_vita.registry import Registry

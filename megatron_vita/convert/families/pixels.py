@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import MediaConfig, VisionConfig
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.errors import CheckpointError
 from megatron_vita.media.normalization import NORMALIZATION
 

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from megatron_vita.config import RopeScalingConfig
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 
 Fields = dict[str, Any]
 _ROPE_KINDS = {

@@ -5,8 +5,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron_vita.config import VisionConfig
-from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config, updated
 from megatron_vita.convert.families import idle_fields
+from megatron_vita.convert.families.config_file import QUANTIZED, UNQUANTIZED, Config, updated
 
 _NORMS: dict[str, Literal["LayerNorm", "RMSNorm"]] = {
     "layer_norm": "LayerNorm",

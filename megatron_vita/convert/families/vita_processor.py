@@ -3,8 +3,8 @@
 from typing import Any
 
 from megatron_vita.config import MediaConfig, VisionConfig
-from megatron_vita.config.media import NORMALIZATIONS, NormalizationName
-from megatron_vita.convert.config_file import Config
+from megatron_vita.config.groups.media import NORMALIZATIONS, NormalizationName
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.media.normalization import NORMALIZATION, mean_and_deviation
 
 _SAME = ("tiling", "min_tiles", "max_tiles", "max_fps", "max_frames", "video_fit")

@@ -10,7 +10,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.config_file import Config
 from megatron_vita.convert.families.language_config import FAMILIES
 from megatron_vita.convert.formats.tensors import TensorInfo
 from megatron_vita.errors import CheckpointError

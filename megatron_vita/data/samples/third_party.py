@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.config.yaml_file import read_yaml, resolved
+from megatron_vita.config.parsing.yaml_file import read_yaml, resolved
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, Beside, sample_of
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.media_fields import FIELDS, KINDS, Media, Value

@@ -12,8 +12,8 @@ import httpx2
 import openai
 
 from megatron_vita.errors import RefusedError, ServerError
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.media.data_urls import data_url
 from megatron_vita.text.conversation import TextPart, check_messages
 

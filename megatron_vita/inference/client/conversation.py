@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
 
 
 @dataclass

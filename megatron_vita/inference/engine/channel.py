@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_vita.inference.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.scheduler_output import SchedulerOutput
 
 _SMALL = 4096
 _HEADER = 8

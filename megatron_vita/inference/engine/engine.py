@@ -25,16 +25,21 @@ from megatron_vita.inference.engine.ranks import EngineRanks, check_layout
 from megatron_vita.inference.engine.request import Request
 from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
-from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
-from megatron_vita.inference.requests import CompletionOutput, OutputDelta, SamplingParams
+from megatron_vita.inference.requests.prompt import (
+    MediaFile,
+    PreparedPrompt,
+    Prompt,
+    prepare_prompt,
+)
+from megatron_vita.inference.requests.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.types import CompletionOutput, OutputDelta, SamplingParams
 from megatron_vita.inference.runner.adapters import load_adapters
 from megatron_vita.inference.runner.cache_size import build_cache
-from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.inference.vision import decode_pool
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import DECODERS
 from megatron_vita.media.video import VideoInfo
-from megatron_vita.model.backends import TorchBackend
+from megatron_vita.model.backends.backends import TorchBackend
 from megatron_vita.model.build import build_model, take_rows_together
 from megatron_vita.parallel import groups
 from megatron_vita.supervise.shared_memory import SharedFile

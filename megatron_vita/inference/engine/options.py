@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.config.fields import check_fields, described, require
+from megatron_vita.config.parsing.fields import check_fields, described, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from megatron_vita.inference.engine.scheduler import Scheduler
 from megatron_vita.inference.generation.beams import BeamSearch
 from megatron_vita.inference.generation.choice_state import ChoiceState
 from megatron_vita.inference.generation.sampling import SamplingRow, sample_tokens
-from megatron_vita.inference.requests import (
+from megatron_vita.inference.requests.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.types import (
     CompletionOutput,
     FinishReason,
     OutputDelta,
     ScoredToken,
 )
-from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.text.tokenizer_base import Tokenizer
 
 

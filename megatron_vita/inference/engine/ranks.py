@@ -9,7 +9,7 @@ from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError, EngineError
 from megatron_vita.inference.engine.channel import StepChannel
 from megatron_vita.inference.engine.rank_monitor import RankMonitor, lost_rank_as_engine_error
-from megatron_vita.inference.scheduler_output import SchedulerOutput
+from megatron_vita.inference.requests.scheduler_output import SchedulerOutput
 
 
 def check_layout(parallel: ParallelConfig) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 from megatron_vita.inference.engine.options import Usage
 from megatron_vita.inference.generation.beams import BeamSearch
 from megatron_vita.inference.generation.choice_state import ChoiceState
-from megatron_vita.inference.prompt import PreparedPrompt
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.prompt import PreparedPrompt
+from megatron_vita.inference.requests.types import SamplingParams
 
 
 @dataclass(kw_only=True, eq=False)

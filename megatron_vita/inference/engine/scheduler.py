@@ -11,8 +11,12 @@ from dataclasses import dataclass, replace
 
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.engine.request import Request, Sequence
-from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk, SchedulerOutput
+from megatron_vita.inference.requests.scheduler_output import (
+    NewSequence,
+    PrefillChunk,
+    SchedulerOutput,
+)
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.layout.blocks import BlockLayout
 
 TILE_WAIT_SECONDS = 0.02

@@ -11,6 +11,11 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.samples.encoding import SampleEncoder
+from megatron_vita.inference.requests.scheduler_output import (
+    NewSequence,
+    PrefillChunk,
+    SchedulerOutput,
+)
 from megatron_vita.inference.runner.adapters import NO_ADAPTER, ServedAdapters
 from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
 from megatron_vita.inference.runner.cuda_graphs import GraphPool
@@ -19,7 +24,6 @@ from megatron_vita.inference.runner.kv_cache import KeyValueCache
 from megatron_vita.inference.runner.partial_attention import PLANNED_KEYS, PLANNED_ROWS
 from megatron_vita.inference.runner.prefill_graphs import LENGTHS, PrefillGraphs, padded_length
 from megatron_vita.inference.runner.rotary import Rotation
-from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk, SchedulerOutput
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.features import FeatureSource
 from megatron_vita.layout.blocks import cumulative_lengths

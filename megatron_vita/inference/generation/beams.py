@@ -13,7 +13,12 @@ from megatron_vita.inference.generation.sampling import (
     refuse_unless_finite,
     upload,
 )
-from megatron_vita.inference.requests import FinishReason, SamplingParams, ScoredToken, TokenScore
+from megatron_vita.inference.requests.types import (
+    FinishReason,
+    SamplingParams,
+    ScoredToken,
+    TokenScore,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

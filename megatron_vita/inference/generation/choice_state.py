@@ -7,7 +7,12 @@ from torch import Tensor
 from megatron_vita.inference.generation.beams import BeamHypothesis
 from megatron_vita.inference.generation.detokenizer import TextStream
 from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, has_penalties
-from megatron_vita.inference.requests import FinishReason, OutputDelta, SamplingParams, ScoredToken
+from megatron_vita.inference.requests.types import (
+    FinishReason,
+    OutputDelta,
+    SamplingParams,
+    ScoredToken,
+)
 from megatron_vita.text.tokenizer_base import Tokenizer
 
 

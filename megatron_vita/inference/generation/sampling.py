@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.errors import LogitsError
-from megatron_vita.inference.requests import SamplingParams, ScoredToken, TokenScore
+from megatron_vita.inference.requests.types import SamplingParams, ScoredToken, TokenScore
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 

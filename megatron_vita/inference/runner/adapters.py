@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_vita import platform
 from megatron_vita.checkpoint import base, store
 from megatron_vita.config import Recipe, adapted_maps, recipe_from_dict, replaced
-from megatron_vita.config.lora import Part
+from megatron_vita.config.groups.lora import Part
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.model.lora import Adapter, attach, named_linears
 from megatron_vita.model.vita import VitaModel

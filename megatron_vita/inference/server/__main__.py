@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_vita.commands import add_options, describe_missing, from_arguments
 from megatron_vita.errors import ConfigError, PlatformError, VitaError
 from megatron_vita.inference.engine.options import EngineOptions
-from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol.limits import Limits
 
 if TYPE_CHECKING:
     from megatron_vita.inference.engine.engine import Engine
@@ -172,8 +172,8 @@ def _serve(
     engine: "Engine", arguments: argparse.Namespace, *, limits: Limits, keys: list[str]
 ) -> int:
     from megatron_vita.inference.server.app import ServerOptions
-    from megatron_vita.inference.server.remote import RemoteFetcher
-    from megatron_vita.inference.server.sampling import defaults_of
+    from megatron_vita.inference.server.protocol.remote import RemoteFetcher
+    from megatron_vita.inference.server.protocol.sampling import defaults_of
     from megatron_vita.inference.server.server import serve
 
     remote = RemoteFetcher(seconds=limits.fetch_seconds) if arguments.allow_remote_media else None

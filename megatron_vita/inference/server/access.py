@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.http import refuse_while_sending
+from megatron_vita.inference.server.protocol.api_errors import APIError
 
 VARIABLE = "VITA_API_KEY"
 _GUARDED = ("/v1/", "/metrics")

@@ -18,18 +18,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from megatron_vita.inference.server.access import RefuseForeignPages, RequireKey
 from megatron_vita.inference.server.access_log import AccessLog
-from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.completions import ChatEndpoint
 from megatron_vita.inference.server.http import note
-from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.media import MediaLoader
 from megatron_vita.inference.server.metrics import Metrics
-from megatron_vita.inference.server.remote import RemoteFetcher
-from megatron_vita.inference.server.sampling import OPENAI_DEFAULTS
-from megatron_vita.inference.server.service import EngineService
+from megatron_vita.inference.server.protocol.api_errors import APIError
+from megatron_vita.inference.server.protocol.limits import Limits
+from megatron_vita.inference.server.protocol.media import MediaLoader
+from megatron_vita.inference.server.protocol.remote import RemoteFetcher
+from megatron_vita.inference.server.protocol.sampling import OPENAI_DEFAULTS
+from megatron_vita.inference.server.service.service import EngineService
 from megatron_vita.inference.vision.tile_decoder import DECODERS
 
 _PAGE = Path(__file__).with_name("page.html")

@@ -16,19 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import OutputDelta, SamplingParams
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import OutputDelta, SamplingParams
 from megatron_vita.inference.server.access import cache_salt, key_of
-from megatron_vita.inference.server.api_errors import (
-    NO_RETRY,
-    APIError,
-    api_error_of,
-    engine_failed,
-    stopping,
-    too_large,
-    too_many_requests,
-)
-from megatron_vita.inference.server.bodies import BodyPlaces
 from megatron_vita.inference.server.http import (
     KEEP_ALIVE_SECONDS,
     EventStream,
@@ -38,14 +28,28 @@ from megatron_vita.inference.server.http import (
     refuse_while_sending,
     while_connected,
 )
-from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.media import MediaLoader, about, check_pixels
 from megatron_vita.inference.server.metrics import Metrics
-from megatron_vita.inference.server.parsing import parse_request
-from megatron_vita.inference.server.protocol import ChatRequest
-from megatron_vita.inference.server.responses import ResponseBuilder, usage_object
-from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
-from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
+from megatron_vita.inference.server.protocol.api_errors import (
+    NO_RETRY,
+    APIError,
+    api_error_of,
+    engine_failed,
+    stopping,
+    too_large,
+    too_many_requests,
+)
+from megatron_vita.inference.server.protocol.bodies import BodyPlaces
+from megatron_vita.inference.server.protocol.limits import Limits
+from megatron_vita.inference.server.protocol.media import MediaLoader, about, check_pixels
+from megatron_vita.inference.server.protocol.parsing import parse_request
+from megatron_vita.inference.server.protocol.protocol import ChatRequest
+from megatron_vita.inference.server.protocol.responses import ResponseBuilder, usage_object
+from megatron_vita.inference.server.protocol.sampling import max_frames_of, sampling_of
+from megatron_vita.inference.server.service.service import (
+    EngineFailedError,
+    EngineService,
+    RequestStream,
+)
 
 logger = logging.getLogger(__name__)
 

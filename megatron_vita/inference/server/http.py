@@ -9,8 +9,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from megatron_vita.inference.server.api_errors import APIError, too_large
-from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol.api_errors import APIError, too_large
+from megatron_vita.inference.server.protocol.limits import Limits
 
 KEEP_ALIVE_SECONDS = 15.0
 """A silent stream gets a comment so often, so that no proxy takes it for dead."""

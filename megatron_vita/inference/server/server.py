@@ -14,8 +14,8 @@ import uvicorn
 
 from megatron_vita.inference.server.app import ServerOptions, build_app
 from megatron_vita.inference.server.connections import BoundedConnection, quieten_uvicorn
-from megatron_vita.inference.server.interface import ServedEngine
-from megatron_vita.inference.server.service import EngineService
+from megatron_vita.inference.server.service.interface import ServedEngine
+from megatron_vita.inference.server.service.service import EngineService
 
 logger = logging.getLogger(__name__)
 

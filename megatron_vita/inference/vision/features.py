@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.samples.encoding import SampleEncoder
+from megatron_vita.inference.requests.scheduler_output import NewSequence, PrefillChunk
 from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
-from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
 from megatron_vita.layout.assignment import assign_tiles

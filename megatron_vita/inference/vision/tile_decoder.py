@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.errors import DataError
-from megatron_vita.inference.scheduler_output import NewSequence
+from megatron_vita.inference.requests.scheduler_output import NewSequence
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.rounding import ceil_div
 from megatron_vita.supervise.shared_memory import SharedFile

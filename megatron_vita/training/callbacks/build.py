@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 
 from megatron_vita.config.run_files import run_folder
-from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.console import LogCallback
 from megatron_vita.training.callbacks.damage import DamageCallback
 from megatron_vita.training.callbacks.folder import FolderCallback
-from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.mlflow import MlflowCallback
 from megatron_vita.training.callbacks.profiling import ProfileCallback
 from megatron_vita.training.callbacks.recording import RecordCallback
@@ -20,9 +18,11 @@ from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.callbacks.validation import ValidationCallback
 from megatron_vita.training.callbacks.wandb import WandbCallback
 from megatron_vita.training.callbacks.watching import WatchCallback
-from megatron_vita.training.pace import Pace
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog
+from megatron_vita.training.metrics.pace import Pace
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_folder import RunLog
 
 
 def build_hooks(run: Run, callbacks: Sequence[Callback] = (), *, log: RunLog) -> Hooks:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.recording import is_logged
-from megatron_vita.training.metrics import DATA_SECONDS, StepMetrics
-from megatron_vita.training.pace import Pace, clock
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import DATA_SECONDS, StepMetrics
+from megatron_vita.training.metrics.pace import Pace, clock
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
 
 STEP_LINE = "step_line"
 """Attribute of the log records of steps, which a progress bar replaces on a terminal."""

@@ -1,9 +1,9 @@
 """Limit of damaged samples."""
 
 from megatron_vita.errors import VitaError
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
 
 # Below this number a fraction says little: one bad sample among the first ten must not stop a run.
 FEW_DOCUMENTS = 1000

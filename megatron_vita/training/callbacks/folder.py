@@ -12,12 +12,12 @@ from megatron_vita.checkpoint.retention import step_of
 from megatron_vita.config.run_files import METRICS
 from megatron_vita.errors import PlatformError
 from megatron_vita.files import cut_torn_line
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.environment import describe_environment
-from megatron_vita.training.faults import FaultReport, sample_keys, write_dump
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog, note_start, take_back_recipes
+from megatron_vita.training.metrics.environment import describe_environment
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.faults import FaultReport, sample_keys, write_dump
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_folder import RunLog, note_start, take_back_recipes
 
 EXACT = ("train/loss", "train/grad_norm")
 """Metrics with all digits, which a replay compares."""

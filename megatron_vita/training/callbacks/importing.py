@@ -10,7 +10,7 @@ from types import ModuleType
 
 from megatron_vita.config import CallbackConfig
 from megatron_vita.errors import ConfigError
-from megatron_vita.training.callbacks.callback import Callback
+from megatron_vita.training.run.callback import Callback
 
 
 def import_callbacks(configs: Sequence[CallbackConfig]) -> list[Callback]:

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_vita import platform
 from megatron_vita.config import TrainingConfig
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
 
 SNAPSHOT_ENTRIES = 1_000_000
 logger = logging.getLogger(__name__)

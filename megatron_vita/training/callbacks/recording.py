@@ -1,9 +1,9 @@
 """Reduction of recorded metrics, and their delivery to the callbacks that write them."""
 
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.callbacks.hooks import Hooks
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run
 
 FAILED = "callbacks/failed"
 

@@ -13,10 +13,10 @@ from megatron_vita import platform
 from megatron_vita.errors import VitaError
 from megatron_vita.parallel import groups
 from megatron_vita.sizes import counted
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_state import finish_param_gather
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_state import finish_param_gather
 
 PIECE = 1 << 22
 """Words that are hashed at a time, which bounds the memory that a hash takes to 100 MB."""

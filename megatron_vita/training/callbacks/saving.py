@@ -10,12 +10,12 @@ from megatron_vita.checkpoint.mirror import Uploads
 from megatron_vita.checkpoint.saver import by_first
 from megatron_vita.checkpoint.store import latest_name
 from megatron_vita.errors import CheckpointError, SaveError
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.callbacks.hooks import Hooks
-from megatron_vita.training.faults import FaultReport
-from megatron_vita.training.metrics import SAVING, StepMetrics
-from megatron_vita.training.run import Run
-from megatron_vita.training.run_state import open_saver, retention_of, start_save
+from megatron_vita.training.metrics.metrics import SAVING, StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.faults import FaultReport
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.run_state import open_saver, retention_of, start_save
 
 LAST_PAUSES = (1.0, 4.0)
 """Seconds before each further attempt to save the last step, which no later step can retry."""

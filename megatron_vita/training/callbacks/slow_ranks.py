@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from megatron_vita.parallel import groups
 from megatron_vita.platform.waits import CollectiveWaits
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
 
 SLOW_RANK = "speed/slow_rank"
 logger = logging.getLogger(__name__)

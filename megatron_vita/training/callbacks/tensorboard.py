@@ -4,10 +4,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.recording import is_logged
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
 
 
 class TensorBoardCallback(Callback):

@@ -1,11 +1,11 @@
 """Validation on held-out packs."""
 
-from megatron_vita.training.batches import validation_batches
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.callbacks.hooks import Hooks
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
-from megatron_vita.training.step import validate
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.hooks import Hooks
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.step.batches import validation_batches
+from megatron_vita.training.step.step import validate
 
 
 class ValidationCallback(Callback):

@@ -16,11 +16,11 @@ from megatron_vita.config.run_files import run_folder
 from megatron_vita.errors import PlatformError
 from megatron_vita.parallel import groups
 from megatron_vita.supervise.beacon import Beacon
-from megatron_vita.training.batches import held_out_packs
-from megatron_vita.training.callbacks.callback import Callback
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run
-from megatron_vita.training.streams import packs_of_replicas
+from megatron_vita.training.metrics.metrics import StepMetrics
+from megatron_vita.training.run.callback import Callback
+from megatron_vita.training.run.run import Run
+from megatron_vita.training.run.streams import packs_of_replicas
+from megatron_vita.training.step.batches import held_out_packs
 
 MOST_SECONDS = 2.0
 """Maximum time between two messages of a rank."""

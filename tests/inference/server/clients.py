@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from megatron_vita.inference.server.service import RequestStream
+from megatron_vita.inference.server.service.service import RequestStream
 from tests.inference.server.fake_engine import FakeEngine
 
 LONG = "x" * 4000

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_vita.errors import DataError, EngineError
-from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import (
+from megatron_vita.inference.requests.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests.types import (
     FinishReason,
     OutputDelta,
     SamplingParams,

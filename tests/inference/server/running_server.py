@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 
 from megatron_vita.inference.server.app import ServerOptions
-from megatron_vita.inference.server.interface import ServedEngine
 from megatron_vita.inference.server.server import VitaServer
+from megatron_vita.inference.server.service.interface import ServedEngine
 
 MODEL = "toy"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from megatron_vita import platform
-from megatron_vita.inference.server.interface import ServedEngine
+from megatron_vita.inference.server.service.interface import ServedEngine
 from tests.inference.server.fake_engine import FakeEngine
 from tests.inference.server.running_server import RunningServer, running, wait_until
 from tests.inference.server.soak import KINDS, soak

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vita.inference.server import connections
 from megatron_vita.inference.server.access_log import LineBudget
-from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol.limits import Limits
 from tests.inference.server.fake_engine import FakeEngine
 from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
 

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from megatron_vita.errors import EngineError
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.server.service import EngineFailedError, EngineService
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
+from megatron_vita.inference.server.service.service import EngineFailedError, EngineService
 from tests.inference.server.clients import LONG, in_thread, read_all, slow
 from tests.inference.server.fake_engine import FakeEngine
 from tests.inference.server.running_server import refusal, running, wait_until

@@ -8,12 +8,12 @@ import openai.types.chat as openai_types
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.server import foreign_fields, protocol
-from megatron_vita.inference.server.api_errors import APIError
-from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.parsing import parse_request
-from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
+from megatron_vita.inference.requests.types import SamplingParams
+from megatron_vita.inference.server.protocol import foreign_fields, protocol
+from megatron_vita.inference.server.protocol.api_errors import APIError
+from megatron_vita.inference.server.protocol.limits import Limits
+from megatron_vita.inference.server.protocol.parsing import parse_request
+from megatron_vita.inference.server.protocol.sampling import max_frames_of, sampling_of
 from tests.inference.server.vllm_fields import ASKS_FOR_MORE, SGLANG, VLLM
 
 LIMITS = Limits()

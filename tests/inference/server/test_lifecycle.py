@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from megatron_vita.errors import DataError
-from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.service import EngineService
+from megatron_vita.inference.requests.prompt import Prompt
+from megatron_vita.inference.requests.types import SamplingParams
+from megatron_vita.inference.server.protocol.limits import Limits
+from megatron_vita.inference.server.service.service import EngineService
 from tests.inference.server.clients import LONG, in_thread, read_all, slow
 from tests.inference.server.fake_engine import FakeEngine, FakePrepared
 from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
@@ -140,7 +140,7 @@ def test_logits_that_are_no_numbers_are_the_servers_fault() -> None:
 
 
 def test_an_idle_engine_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vita.inference.server.service.IDLE_SECONDS", 0.02)
+    monkeypatch.setattr("megatron_vita.inference.server.service.service.IDLE_SECONDS", 0.02)
     with running(FakeEngine()) as server:
         wait_until(lambda: server.engine.idles > 2)
 
@@ -298,7 +298,7 @@ def test_answers_go_on_under_a_steady_stream_of_refused_requests() -> None:
 def test_other_ranks_hear_of_the_first_under_a_steady_stream_of_refused_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megatron_vita.inference.server.service.IDLE_SECONDS", 0.02)
+    monkeypatch.setattr("megatron_vita.inference.server.service.service.IDLE_SECONDS", 0.02)
     engine = SlowToRefuse()
 
     async def idle(_: EngineService) -> None:

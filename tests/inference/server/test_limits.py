@@ -17,10 +17,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_vita.commands import from_arguments
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.prompt import MediaFile
+from megatron_vita.inference.requests.prompt import MediaFile
 from megatron_vita.inference.server.__main__ import parse_arguments
 from megatron_vita.inference.server.access import read_keys
-from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol.limits import Limits
 from tests.inference.server.fake_engine import FakeEngine, FakeVideo
 from tests.inference.server.media_makers import data_url, video
 from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from megatron_vita.inference.server.api_errors import APIError
-from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.remote import RemoteFetcher, is_public
+from megatron_vita.inference.server.protocol.api_errors import APIError
+from megatron_vita.inference.server.protocol.limits import Limits
+from megatron_vita.inference.server.protocol.remote import RemoteFetcher, is_public
 from megatron_vita.media.frame_archive import pack_frames
 from tests.inference.server.fake_engine import FakeEngine
 from tests.inference.server.media_makers import bomb, data_url, image, png, video

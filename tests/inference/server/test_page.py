@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol.limits import Limits
 from tests.inference.server.fake_engine import FakeEngine
 from tests.inference.server.running_server import RunningServer, running, wait_until
 from tests.inference.server.webm import webm

@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from tests.inference.server.fake_engine import FakeEngine
 from tests.inference.server.running_server import MODEL, RunningServer, body, refusal, running
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vita import platform
 from megatron_vita.inference.client.client import ChatServer, openai_messages
-from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.requests.types import SamplingParams
 from tests.inference.server.running_server import MODEL, RunningServer, running
 from tests.inference.tiny import prompts, tiny_engine
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from megatron_vita import platform
-from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol.limits import Limits
 from tests.inference.server.request_fuzzer import Case, RequestFuzzer
 from tests.inference.server.running_server import RunningServer, body, running, wait_until
 from tests.inference.tiny import tiny_engine

@@ -1,0 +1,1 @@
+"""Groups of a recipe's fields, a dataclass each."""

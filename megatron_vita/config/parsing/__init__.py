@@ -1,0 +1,1 @@
+"""Dataclasses from YAML and overrides: field options, checks, duplicate keys."""

@@ -1,0 +1,1 @@
+"""Memory of parameters, optimizer, activations and hosts."""

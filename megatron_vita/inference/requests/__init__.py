@@ -1,0 +1,1 @@
+"""Prompts, sampling parameters, outputs, and the scheduler's decisions."""

@@ -1,0 +1,1 @@
+"""The engine as the server sees it, and the thread that owns it."""

@@ -1,0 +1,1 @@
+"""Output layer: logits and losses of the selected positions."""

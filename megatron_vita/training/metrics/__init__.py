@@ -1,0 +1,1 @@
+"""Metrics of a step, their rates, and descriptions for logs."""

@@ -1,0 +1,1 @@
+"""Optimizer, its state and the schedules of its learning rate."""

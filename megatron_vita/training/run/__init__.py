@@ -1,0 +1,1 @@
+"""One run: its objects, state, folder, position in the data, faults and hooks."""
