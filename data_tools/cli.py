@@ -9,12 +9,12 @@ from data_tools.formats import FORMATS
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples, rejected_path
 from data_tools.planning import index_shards, write_plans
-from data_tools.pool import WorkerOptions
 from data_tools.reencode import Reencode
 from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import rejected_path as rejected_lines_path
 from data_tools.vocabulary import train_tokenizer
+from data_tools.workers.pool import WorkerOptions
 from megatron_vita.commands import run_command, takes_options
 from megatron_vita.config import load_recipe
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT
@@ -282,7 +282,7 @@ def inspect(
 ) -> None:
     """Show a pack or a sample as the model sees it: text, loss, tiles."""
     # imports torch, for its tiles
-    from data_tools.inspection import inspect_fault, inspect_pack, inspect_sample
+    from data_tools.viewing.inspection import inspect_fault, inspect_pack, inspect_sample
 
     loaded = load_recipe(recipe, overrides or [])
     if fault is not None:

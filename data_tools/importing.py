@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from data_tools.formats import FORMATS
 from data_tools.formats.base import Candidate, Setting, walk
-from data_tools.pool import SampleGuard, WorkerOptions, as_data_error
-from data_tools.progress import ProgressFile
-from data_tools.samples import check_medium
+from data_tools.reading.samples import check_medium
+from data_tools.workers.pool import SampleGuard, WorkerOptions, as_data_error
+from data_tools.workers.progress import ProgressFile
 from megatron_vita.data.samples.media_fields import FIELDS
 from megatron_vita.data.samples.records import check_record
 from megatron_vita.errors import ConfigError, DataError

@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from data_tools.members import describe_members
-from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions, run_tasks
-from data_tools.progress import progress_bar
+from data_tools.reading.members import describe_members
+from data_tools.workers.pool import IN_PROCESS, SampleGuard, WorkerOptions, run_tasks
+from data_tools.workers.progress import progress_bar
 from megatron_vita.config import Recipe, TextConfig
 from megatron_vita.data.datasets import Split, find_shards
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from data_tools.lines import Line, LineRange, divide_lines, read_ranges
-from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions
-from data_tools.progress import ProgressFile
+from data_tools.reading.lines import Line, LineRange, divide_lines, read_ranges
+from data_tools.reading.samples import Sample, check_line, key_stem
 from data_tools.reencode import KEEP, Reencode
-from data_tools.samples import Sample, check_line, key_stem
+from data_tools.workers.pool import IN_PROCESS, SampleGuard, WorkerOptions
+from data_tools.workers.progress import ProgressFile
 from megatron_vita.config import DatasetConfig, load_recipe
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError

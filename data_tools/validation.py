@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.planning import find_all_shards
-from data_tools.pool import SampleGuard, WorkerOptions, run_tasks
-from data_tools.progress import progress_bar
+from data_tools.workers.pool import SampleGuard, WorkerOptions, run_tasks
+from data_tools.workers.progress import progress_bar
 from megatron_vita.config import MediaConfig, Recipe, load_recipe
 from megatron_vita.data.datasets import find_shards
 from megatron_vita.data.samples.records import check_record

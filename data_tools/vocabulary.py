@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.lines import Line, read_lines
-from data_tools.samples import read_sample
+from data_tools.reading.lines import Line, read_lines
+from data_tools.reading.samples import read_sample
 from megatron_vita.data.samples.records import is_raw_text
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_json_lines

@@ -78,7 +78,7 @@ SUB_PACKAGES = {
     "convert": ("exported", "families", "formats", "settings"),
     "costs": ("memory",),
     "data": ("samples", "shards", "planning", "loading"),
-    "data_tools": ("formats",),
+    "data_tools": ("reading", "workers", "formats", "viewing"),
     "evaluation": ("adapters",),
     "inference": ("requests", "runner", "generation", "client", "vision", "engine", "server"),
     "model": ("backends", "output"),

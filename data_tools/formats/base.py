@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.compressed import refuse_compressed
+from data_tools.reading.compressed import refuse_compressed
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, sample_of
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import atomic_write

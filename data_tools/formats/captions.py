@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.base import Candidate, Setting, refuse, relative_to_media, walk
-from data_tools.frames import kind_of_head
+from data_tools.reading.frames import kind_of_head
 from megatron_vita.data.samples.foreign import caption_record
 from megatron_vita.data.samples.media_fields import Field, Media
 from megatron_vita.errors import ConfigError, DataError

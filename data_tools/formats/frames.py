@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools.formats.base import Candidate, Setting, refuse
 from data_tools.formats.captions import captioned
-from data_tools.frames import is_image
+from data_tools.reading.frames import is_image
 from megatron_vita.media.files import is_hidden
 from megatron_vita.media.kinds import kind_of_name
 

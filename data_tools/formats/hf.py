@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.formats.base import Candidate, Setting, find_files, write_medium
-from data_tools.samples import find_medium
+from data_tools.reading.samples import find_medium
 from megatron_vita.data.samples.media_fields import FIELDS, Value
 from megatron_vita.errors import DataError
 from megatron_vita.media.data_urls import inline_content, is_inline

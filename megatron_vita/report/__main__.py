@@ -64,7 +64,7 @@ def spread_evenly(last: int, count: int) -> list[int]:
 def _picture(run: str, recipe: Recipe, pack: int, *, caption: str) -> CaptionedPicture:
     """The contact sheet of a pack; why not, where its data cannot be read any more."""
     # heavy, and of a room above this one: only a command line may reach there
-    from data_tools.inspection import inspect_pack
+    from data_tools.viewing.inspection import inspect_pack
 
     with tempfile.TemporaryDirectory() as folder:
         png = Path(folder, "pack.png")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from data_tools.pool import WorkerOptions
+from data_tools.workers.pool import WorkerOptions
 from megatron_vita.config import GenerationConfig, describe_fields
 from megatron_vita.config.parsing.fields import Bounds, Form, check_fields, described, type_hints
 from megatron_vita.errors import ConfigError

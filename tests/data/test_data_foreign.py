@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_tools.members import describe_members
+from data_tools.reading.members import describe_members
 from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan

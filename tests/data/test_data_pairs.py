@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.inspection import inspect_fault
 from data_tools.statistics import collect_statistics
+from data_tools.viewing.inspection import inspect_fault
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import variable_cost
 from megatron_vita.data.batch import collate, mask_documents

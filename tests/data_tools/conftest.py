@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import pool
+from data_tools.workers import pool
 from tests.data_tools.foreign_layouts import FILES
 from tests.data_tools.imports import picture
 

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from data_tools.pool import SampleGuard
+from data_tools.workers.pool import SampleGuard
 from megatron_vita.errors import DataError
 
 

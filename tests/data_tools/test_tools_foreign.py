@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
-from data_tools.pool import WorkerOptions
+from data_tools.workers.pool import WorkerOptions
 from megatron_vita.media.data_urls import inline_content, is_inline
 from megatron_vita.text.conversation import MediaPart, TextPart, check_messages
 from tests.data_tools.foreign_cases import Case, make_cases

@@ -13,7 +13,7 @@ import pytest
 
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
-from data_tools.pool import WorkerOptions
+from data_tools.workers.pool import WorkerOptions
 from tests.data_tools.foreign_layouts import COLORS, words
 from tests.data_tools.imports import picture
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.cli import main
-from data_tools.lines import read_lines
-from data_tools.pool import FAULT
-from data_tools.samples import check_line
+from data_tools.reading.lines import read_lines
+from data_tools.reading.samples import check_line
+from data_tools.workers.pool import FAULT
 from megatron_vita.config import load_recipe
 from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.shards.index import read_index

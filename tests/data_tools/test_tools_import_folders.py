@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.cli import main
-from data_tools.frames import list_frames, read_frames
+from data_tools.reading.frames import list_frames, read_frames
 from megatron_vita.errors import DataError
 from tests.data_tools.imports import convert, human, picture, said
 

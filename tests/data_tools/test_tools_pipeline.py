@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools import contact_sheet
 from data_tools.cli import main
+from data_tools.viewing import contact_sheet
 from megatron_vita.data.planning.plan import read_plan
 from tests.data_tools.toy_jsonl import sample, train_tokenizer, write_shards, write_world
 

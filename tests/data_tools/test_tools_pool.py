@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.pool import WorkerOptions, run_tasks
+from data_tools.workers.pool import WorkerOptions, run_tasks
 from megatron_vita.errors import ConfigError, DataError, PlatformError
 from tests.data_tools.pool_work import act, fall
 from tests.forked import start_program
@@ -81,7 +81,7 @@ def test_errors_outside_steps_end_the_work() -> None:
 def test_workers_end_with_a_killed_watcher(tmp_path: Path) -> None:
     script = f"""
         from tests.data_tools.pool_work import act
-        from data_tools.pool import WorkerOptions, run_tasks
+        from data_tools.workers.pool import WorkerOptions, run_tasks
         list(run_tasks(act, [({str(tmp_path / "log")!r}, ["hang"])] * 2, options=WorkerOptions(workers=2, time_limit=600)))
     """
     run = start_program("-c", textwrap.dedent(script))

@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
-from data_tools.pool import WorkerOptions
+from data_tools.workers.pool import WorkerOptions
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, sample_of
 from megatron_vita.errors import DataError
 from megatron_vita.text.conversation import TextPart, check_messages

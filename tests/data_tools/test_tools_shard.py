@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_tools import sharding
 from data_tools.cli import main
-from data_tools.lines import Line
+from data_tools.reading.lines import Line
 from megatron_vita.errors import DataError
 from tests.data_tools.toy_jsonl import sample, write_world
 from tests.forked import run_program, start_program

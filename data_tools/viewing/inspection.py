@@ -6,8 +6,8 @@ from typing import cast, get_args
 
 import numpy as np
 
-from data_tools.contact_sheet import draw_sheet
-from data_tools.view import PackView, describe, view_pack
+from data_tools.viewing.contact_sheet import draw_sheet
+from data_tools.viewing.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
 from megatron_vita.data.datasets import Split, sample_encoder
 from megatron_vita.data.loading.open import open_split

@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
-from data_tools.on_ray import run_on_ray
+from data_tools.workers.on_ray import run_on_ray
 from megatron_vita.config.parsing.fields import check_fields, described
 from megatron_vita.errors import DataError, PlatformError, VitaError
 from megatron_vita.supervise.processes import WorkerProcess, fork_server

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.pool import Work, WorkerOptions, run_tasks
+from data_tools.workers.pool import Work, WorkerOptions, run_tasks
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import append_json_lines, complete_lines, write_json_lines
 

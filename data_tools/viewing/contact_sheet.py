@@ -5,7 +5,14 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.view import DocumentView, MediumView, PackView, TokenRun, heading, tile_numbers
+from data_tools.viewing.view import (
+    DocumentView,
+    MediumView,
+    PackView,
+    TokenRun,
+    heading,
+    tile_numbers,
+)
 from megatron_vita.sizes import counted
 
 WIDTH = 1200

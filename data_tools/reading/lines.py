@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.compressed import refuse_compressed
+from data_tools.reading.compressed import refuse_compressed
 from megatron_vita.errors import DataError
 
 

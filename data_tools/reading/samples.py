@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_tools.frames import read_frames
-from data_tools.lines import Line
+from data_tools.reading.frames import read_frames
+from data_tools.reading.lines import Line
 from megatron_vita.data.samples.foreign import sample_of
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.records import REJECTED, check_record, is_raw_text

@@ -1,0 +1,1 @@
+"""Source files read: lines, members, compressed files, frames, samples."""

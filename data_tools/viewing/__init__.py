@@ -1,0 +1,1 @@
+"""Pages that show samples as they are seen in training."""

@@ -1,0 +1,1 @@
+"""Pool of worker processes, and its progress."""
