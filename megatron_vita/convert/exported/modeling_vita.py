@@ -240,13 +240,9 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: prompts and tiles do not go together.
         """
-        prefill = past_key_values is None or int(past_key_values.get_seq_length()) == 0
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self._embedded(input_ids, pixel_values, prefill=prefill)
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError("one of input_ids and inputs_embeds is needed, and not both")
-        elif pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, which say where their features belong")
+        _check_inputs(input_ids, pixel_values, inputs_embeds)
+        if input_ids is not None:
+            inputs_embeds = self._embedded(input_ids, pixel_values, past_key_values)
         found = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -273,10 +269,13 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=found.attentions,
         )
 
-    def _embedded(self, input_ids: Tensor, pixel_values: Tensor | None, *, prefill: bool) -> Tensor:
+    def _embedded(
+        self, input_ids: Tensor, pixel_values: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
         """Embed prompts, with feature rows in the place of placeholders: [B, T] -> [B, T, H]."""
         words = self.get_input_embeddings()(input_ids)
         places = self._places(input_ids)
+        prefill = past_key_values is None or int(past_key_values.get_seq_length()) == 0
         # After its prompt a model may write a placeholder itself, and pixels may come again.
         if not prefill and (pixel_values is None or not places.any()):
             return words
@@ -332,3 +331,17 @@ class VitaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels
         return input_ids, model_kwargs
+
+
+def _check_inputs(
+    input_ids: Tensor | None, pixel_values: Tensor | None, inputs_embeds: Tensor | None
+) -> None:
+    """Check that either prompts or their embeddings are given, and tiles with prompts alone.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("one of input_ids and inputs_embeds is needed, and not both")
+    if pixel_values is not None and input_ids is None:
+        raise ValueError("pixel_values need input_ids, which say where their features belong")
