@@ -40,6 +40,8 @@ ADAPTED: dict[str, dict[str, Any]] = {
         "freeze_vision_model": True,
         "freeze_projector": True,
         "rank": 2,
+        # Not the default: it would multiply updates by 16, and rounding with them.
+        "alpha": 4.0,
         "targets": ["q_proj", "v_proj", "up_proj", "layers.2.*.down_proj", "projector.*"],
     },
     "dora": {
