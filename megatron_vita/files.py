@@ -9,11 +9,10 @@ import glob
 import json
 import os
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _BLOCK_BYTES = 1 << 16
 
@@ -49,21 +48,32 @@ def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock on a new file, by which others see that its writer lives."""
-    with open(path, "wb") as file:
-        # Without locks on this file system nobody gets one, so nothing is taken for abandoned.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "wb"))
+            # Without locks on this file system nobody gets one, so nothing is taken for abandoned.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Before it was locked, another writer may have removed it as abandoned.
+            if _is_at(path, file):
+                break
         yield
 
 
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Return true if an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files of killed writers."""
+    """Remove temporary files of killed writers, whose locks have ended with them."""
     for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         with suppress(OSError), open(partial, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A younger file may be one whose writer has not locked it yet.
-            if time.time() - os.fstat(file.fileno()).st_mtime > 1:
-                partial.unlink()
+            partial.unlink()
 
 
 def publish(source: Path, target: Path) -> None:

@@ -1,8 +1,10 @@
 """Writes are atomic and durable; JSONL files survive a kill in the middle of a line."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -110,16 +112,33 @@ def test_a_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_kept(
     path = tmp_path / "a"
     abandoned = tmp_path / "a.0123abcd.partial"
     abandoned.write_text("half")
-    os.utime(abandoned, (0, 0))
     with atomic_write(path, concurrent=True) as living:
         living.write_text("slow")
-        os.utime(living, (0, 0))
         assert not abandoned.exists()
         with atomic_write(path, concurrent=True) as other:
             other.write_text("quick")
         assert path.read_text() == "quick"
     assert path.read_text() == "slow"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_writer_begins_anew_whose_file_was_removed_before_it_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+    opened: list[str] = []
+
+    def removed_once(file: IO[bytes], operation: int) -> None:
+        if not opened:
+            os.unlink(file.name)
+        opened.append(file.name)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_once)
+    with atomic_write(tmp_path / "a", concurrent=True) as partial:
+        partial.write_text("new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert opened == [str(partial)] * 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ reason, and the server is afterwards as it was."""
 
 import gc
 import json
+import logging
 import time
 import tracemalloc
 from collections import Counter
@@ -122,8 +123,10 @@ def test_the_fuzzer_makes_what_it_should() -> None:
 
 
 def test_every_request_is_answered_or_refused_with_a_documented_reason(
-    server: RunningServer,
+    server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # pytest keeps the records of a test, which for thousands of requests are megabytes.
+    caplog.set_level(logging.CRITICAL)
     fuzzer = RequestFuzzer(SEED)
     assert run(server, [fuzzer.case() for _ in range(REQUESTS // 2)]) == []
     settle(server)
