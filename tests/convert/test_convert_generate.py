@@ -3,8 +3,8 @@ one and several tiles, two images, a video, several turns.
 
 Prompt ids and pixels are transformers' own, but for two formats whose classes are code of their
 folders: those are written by hand here, and the weights are those of transformers' InternVL.
-AutoProcessor needs torchvision, so that its parts are put together in `internvl_processor`, and what
-it gives itself is recorded in `processor_facts`.
+The processor's parts are put together in `internvl_processor`; what AutoProcessor gives itself is
+recorded in `processor_facts`.
 """
 
 from pathlib import Path
@@ -89,7 +89,6 @@ def test_prompts_and_pixels_are_those_recorded_of_autoprocessor(
 
 
 def test_autoprocessor_gives_what_is_recorded_of_it(hf: Published) -> None:
-    pytest.importorskip("torchvision", reason="transformers' AutoProcessor needs torchvision")
     processor = AutoProcessor.from_pretrained(hf.folder)
     for name, seen in processor_facts.recorded().items():
         found = processor_facts.by_processor(processor, WITH_MEDIA[name])
@@ -99,7 +98,6 @@ def test_autoprocessor_gives_what_is_recorded_of_it(hf: Published) -> None:
 
 @full_run
 def test_autoprocessor_reads_what_is_exported_of_parts(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision", reason="transformers' AutoProcessor needs torchvision")
     tower_beside_language(tmp_path, "internvit")
     engine = engine_of(tmp_path / "llm", tmp_path / "tower", to=tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "whole", folder_format="internvl-hf")
