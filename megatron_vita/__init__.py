@@ -36,11 +36,11 @@ __all__ = [
 ]
 _PLACES = {
     "Callback": "training.callbacks",
-    "MediaFile": "inference.prompt",
+    "MediaFile": "inference.requests.prompt",
     "Model": "api",
-    "Prompt": "inference.prompt",
+    "Prompt": "inference.requests.prompt",
     "Recipe": "config",
-    "SamplingParams": "inference.requests",
+    "SamplingParams": "inference.requests.types",
     "VitaError": "errors",
     "from_hf": "api",
     "load": "api",

@@ -1,6 +1,6 @@
 """Command lines: options derived from dataclasses, and user errors as one line with exit code 1.
 
-A dataclass field with documentation (`described` in config.fields) becomes an option. Its name,
+A dataclass field with documentation (`described` in config.parsing.fields) becomes an option. Its name,
 type, default and help come from the field, so that a new setting is written in one place only.
 """
 
