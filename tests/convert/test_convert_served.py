@@ -1,7 +1,6 @@
 """An exported folder is served by `transformers serve`, and its answer is that of our engine."""
 
 import base64
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from megatron_vita.inference.requests.types import SamplingParams
 from tests.convert.asked_of_both import engine_of
 from tests.convert.published_models import internvl_hf
 from tests.media.picture_files import file_of, photograph
+from tests.ports import free_port
 
 TOKENS = 8
 START_SECONDS = 120
@@ -25,9 +25,7 @@ START_SECONDS = 120
 @pytest.fixture
 def port() -> Iterator[int]:
     """Port of a server of transformers."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        number = free.getsockname()[1]
+    number = free_port()
     program = (sys.executable, "-m", "transformers.cli.transformers", "serve")
     options = ("--device", "cpu", "--dtype", "float32", "--port", str(number))
     with subprocess.Popen([*program, *options]) as server:

@@ -36,8 +36,13 @@ def position(folder: Path) -> tuple[int, int]:
 
 
 def wait_for_progress(job: subprocess.Popen, folder: Path, before: int) -> None:
+    """Wait until the job has read a pack: its log, cut to `before` bytes first, grows."""
     log = folder / "read.log"
-    while job.poll() is None and not (log.exists() and log.stat().st_size > before):
+    started = time.time_ns()
+    while job.poll() is None:
+        # A killed job may have left a longer log.
+        if log.exists() and log.stat().st_mtime_ns > started and log.stat().st_size > before:
+            break
         time.sleep(0.01)
 
 

@@ -2,7 +2,6 @@
 rank."""
 
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from tests.environment import environment_with
 from tests.forked import run_program, start_program
 from tests.functional.toy_run import make_toy_run
 from tests.inference.server.running_server import refusal, wait_until
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,6 @@ class Service:
     def logs_of(self, rank: int) -> str:
         """Log of a rank, up to its end."""
         return self.ranks[rank].communicate(timeout=60)[1]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextmanager

@@ -3,7 +3,6 @@ instead of hanging it."""
 
 import dataclasses
 import json
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.environment import environment_with
 from tests.forked import start_program
 from tests.functional.launch import HERE, run_ranks
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe
+from tests.ports import free_port
 from tests.scale import scaled
 
 TP = "tensor_model_parallel_size"
@@ -186,9 +186,7 @@ def test_a_lost_rank_is_an_error_at_once(
     parallel: dict, steps: int, doing: str, tmp_path: Path
 ) -> None:
     tiny_recipe(tmp_path)  # makes the tokenizer
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(2):  # not by torchrun, which would end the others itself
         environment = environment_with(

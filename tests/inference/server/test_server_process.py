@@ -1,7 +1,6 @@
 """The process of a server: its exit status and last words."""
 
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,15 +10,14 @@ import httpx
 from tests.forked import start_program
 from tests.inference.server.clients import LONG, in_thread
 from tests.inference.server.running_server import body, refusal, wait_until
+from tests.ports import free_port
 
 FOLDER = Path(__file__).parent
 
 
 def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]:
     """A server process with the engine of the tests, when it listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     script = str(FOLDER / "serve_fake.py")
     process = start_program(script, str(port), *arguments, stderr=subprocess.PIPE)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
