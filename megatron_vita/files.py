@@ -73,7 +73,9 @@ def _remove_abandoned(path: Path) -> None:
     for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         with suppress(OSError), open(partial, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
+            # Else another has removed it, and its writer may have made it anew.
+            if _is_at(partial, file):
+                partial.unlink()
 
 
 def publish(source: Path, target: Path) -> None:

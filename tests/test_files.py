@@ -141,6 +141,25 @@ def test_a_writer_begins_anew_whose_file_was_removed_before_it_was_locked(
     assert opened == [str(partial)] * 2
 
 
+def test_a_temporary_file_that_was_made_anew_is_not_taken_for_the_abandoned_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+    abandoned = tmp_path / "a.0123abcd.partial"
+    abandoned.write_text("half")
+
+    def made_anew(file: IO[bytes], operation: int) -> None:
+        if Path(file.name) == abandoned and abandoned.read_text() == "half":
+            abandoned.unlink()
+            abandoned.write_text("of a living writer")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", made_anew)
+    with atomic_write(tmp_path / "a", concurrent=True) as partial:
+        partial.write_text("new")
+    assert abandoned.read_text() == "of a living writer"
+
+
 @pytest.mark.parametrize(
     ("content", "left"),
     [

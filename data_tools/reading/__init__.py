@@ -1,1 +1,1 @@
-"""Source files read: lines, members, compressed files, frames, samples."""
+"""Readers of source files: lines, members, compressed files, frames, samples."""

@@ -3,6 +3,7 @@ not fatal."""
 
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
@@ -27,6 +28,7 @@ from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from tests.data.hostile_streams import hostile
 from tests.data.toy_data import World, assert_same, changed, damage, train_stream, write_shard
+from tests.forked import run_program
 from tests.indexes import index_shard
 
 
@@ -168,6 +170,28 @@ def test_readers_that_die_before_they_read_anything_stop_the_run(world: World) -
     ):
         list(read_packs(stream, tasks(stream), num_workers=1))
     assert_workers_end()
+
+
+UNGUARDED = """
+import pickle, sys
+from pathlib import Path
+from tests.data.toy_data import train_stream
+from megatron_vita.data.loading.loader import read_packs
+from megatron_vita.data.loading.worker import PackTask
+
+stream = train_stream(pickle.loads(Path(sys.argv[1]).read_bytes()))
+list(read_packs(stream, [PackTask(0)], num_workers=1))
+"""
+
+
+def test_a_program_without_its_main_condition_is_told_of_it(world: World, tmp_path: Path) -> None:
+    (tmp_path / "world.pickle").write_bytes(pickle.dumps(world))
+    (tmp_path / "job.py").write_text(UNGUARDED)
+    ended = run_program(str(tmp_path / "job.py"), str(tmp_path / "world.pickle"))
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("megatron_vita.errors.VitaError: 3 loader processes ended (exit code 1)")
+    assert 'needs `if __name__ == "__main__":` before its calls' in last
 
 
 def test_readers_that_hang_before_they_read_anything_stop_the_run(world: World) -> None:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def names(folder: Path) -> Iterator[dict[str, Any]]:
     """The names that all examples of the page define, run one after the other."""
     before = {kind: dict(entries) for kind, entries in registry._added.items()}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"__name__": "__main__"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for block in BLOCK.findall((ROOT / "docs" / "api.md").read_text()):

@@ -42,6 +42,8 @@ STARTUP_SECONDS = 120  # timeout for the imports of a new process
 # Failures in a row of processes that have read nothing: the host cannot run them.
 MAX_STARTUP_FAILURES = 3
 MAX_STARTUP_KILLS = 20
+PYTHON_ERROR = 1
+"""Exit code of a process that an exception has ended."""
 
 
 def start_fork_server() -> None:
@@ -213,7 +215,13 @@ class _Pool:
             at_startup = MAX_STARTUP_KILLS
             on_sample = MAX_KILLS_PER_SAMPLE
         if (document := process.progress.document) is None:
-            self._note_startup_failure(f"ended (exit code {code})", most=at_startup)
+            advice = ""
+            if code == PYTHON_ERROR:
+                advice = (
+                    "; their errors stand above. They import the program that starts them: one of "
+                    'your own needs `if __name__ == "__main__":` before its calls'
+                )
+            self._note_startup_failure(f"ended (exit code {code})", most=at_startup, advice=advice)
         else:
             job.crashes[document] += 1
             if job.crashes[document] >= on_sample:
@@ -223,7 +231,7 @@ class _Pool:
                 self._mask(process, document, deaths)
         self._replace(process)
 
-    def _note_startup_failure(self, what: str, *, most: int) -> None:
+    def _note_startup_failure(self, what: str, *, most: int, advice: str = "") -> None:
         # Another process that works shows that processes can run here.
         some_read = any(process.progress.document is not None for process in self._processes)
         if some_read:
@@ -232,7 +240,7 @@ class _Pool:
             self._startup_failures += 1
         if self._startup_failures >= most:
             raise VitaError(
-                f"{self._startup_failures} loader processes {what} before they read anything"
+                f"{self._startup_failures} loader processes {what} before they read anything{advice}"
             )
 
     def _mask(self, process: _LoaderProcess, document: int, reason: str) -> None:
