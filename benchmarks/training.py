@@ -44,6 +44,7 @@ OPTIONS = {
     "warm_up": "steps that are not counted",
     "warm_up_tokens": "tokens of the packs of those steps; 0: the same packs",
     "steps": "steps that are counted",
+    "device_gib": "GiB of each device that may be used, as if it were a smaller one; 0: all",
 }
 
 

@@ -45,6 +45,7 @@ class Case:
     warm_up_tokens: int = 0  # of the packs of warm-up steps; 0: the same packs
     steps: int = 3
     profile: bool = False
+    device_gib: int = 0  # of the device's memory that may be used; 0: all
 
     @property
     def gpus(self) -> int:

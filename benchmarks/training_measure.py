@@ -195,6 +195,14 @@ def _clear() -> None:
         sys.exit(NOT_EMPTY)
 
 
+def _limit_memory(gib: int) -> None:
+    """Let this process use no more of its device's memory; 0: all of it."""
+    if platform.on_cuda():
+        total = torch.cuda.get_device_properties(platform.device()).total_memory
+        share = min(1.0, gib * GIB / total) if gib else 1.0
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
 def work_through(measure: Callable[[Case, Path], Any]) -> None:
     """Measure the cases named on the command line: a JSON file of cases, and the folder for their
     results. Started by torchrun."""
@@ -203,6 +211,7 @@ def work_through(measure: Callable[[Case, Path], Any]) -> None:
     platform.set_up_logging(dist.get_rank())
     for case in cases:
         _clear()
+        _limit_memory(case.device_gib)
         out = Path(sys.argv[2]) / f"{case.name}.json"
         try:
             measure(case, out)

@@ -31,9 +31,10 @@ from megatron_vita.config.help import describe_fields
 from megatron_vita.config.load import load_recipe, recipe_from_dict
 from megatron_vita.config.memory import LayerMemory, layer_memory
 from megatron_vita.config.parsing.build import replaced
-from megatron_vita.config.recipe import Recipe
+from megatron_vita.config.recipe import FA4_WIDTHS, Recipe
 
 __all__ = [
+    "FA4_WIDTHS",
     "AdaptedMap",
     "CallbackConfig",
     "CheckpointConfig",

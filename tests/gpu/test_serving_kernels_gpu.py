@@ -5,10 +5,14 @@ import torch
 from torch import Tensor
 
 from megatron_vita.inference.runner.kv_cache import CacheShape, KeyValueCache
-from megatron_vita.inference.runner.partial_attention import attend, merge_attention_states
+from megatron_vita.inference.runner.partial_attention import (
+    attend,
+    has_fa4,
+    merge_attention_states,
+)
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout
-from tests.gpu.fields import GPUS
+from tests.gpu.fields import GPUS, fa4_layouts
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 
@@ -56,6 +60,44 @@ def test_partial_attention_is_plain_attention(
         torch.testing.assert_close(
             actual.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
         )
+
+
+@pytest.mark.parametrize("shape", [(14, 2), (28, 4), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "keys", "causal"), [(1000, 20000, False), (8192, 8192, True), (8500, 8500, True)]
+)
+def test_long_parts_by_flash_attention_4_are_plain_attention(
+    rows: int, keys: int, causal: bool, shape: tuple[int, int]
+) -> None:
+    if not fa4_layouts():
+        pytest.skip("needs FlashAttention-4 and a Hopper GPU or a later one")
+    heads, groups = shape
+    dtype = torch.bfloat16
+    assert has_fa4(heads=heads, query_groups=groups, width=WIDTH, dtype=dtype)
+    query = noise(rows, heads, WIDTH, dtype=dtype)
+    key, value = (noise(groups, keys + 5, WIDTH, dtype=dtype)[:, 5:] for _ in range(2))
+    out, lse = attend(query, key, value, causal=causal)
+    some = torch.arange(0, rows, 7, device="cuda")
+    # all scores of some rows: those of 28 heads over 20,000 keys would not fit
+    for head in range(0, heads, heads // groups):
+        group = head * groups // heads
+        part = (key[group, None], value[group, None])
+        expected, sums = plain_rows(query[:, head, None], *part, rows=some, causal=causal)
+        error = (out[some, head, None].float() - expected).norm() / expected.norm()
+        assert error < 0.01
+        torch.testing.assert_close(lse[some, head, None], sums, atol=2e-3, rtol=1e-4)
+
+
+def plain_rows(
+    query: Tensor, key: Tensor, value: Tensor, *, rows: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute some rows of `plain`, of one head."""
+    scores = torch.einsum("mhd,hnd->hmn", query[rows].float(), key.float()) / WIDTH**0.5
+    if causal:
+        later = torch.arange(key.shape[1], device="cuda") > rows[:, None]
+        scores = scores.masked_fill(later, -torch.inf)
+    out = torch.einsum("hmn,hnd->mhd", scores.softmax(-1), value.float())
+    return out, scores.logsumexp(-1).T
 
 
 @DTYPES

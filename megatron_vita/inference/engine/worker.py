@@ -21,7 +21,7 @@ from megatron_vita.inference.runner.attention import PrefillAttention, PromptPie
 from megatron_vita.inference.runner.cuda_graphs import GraphPool
 from megatron_vita.inference.runner.decode_runner import DecodeRunner
 from megatron_vita.inference.runner.kv_cache import KeyValueCache
-from megatron_vita.inference.runner.partial_attention import PLANNED_KEYS, PLANNED_ROWS
+from megatron_vita.inference.runner.partial_attention import PLANNED_KEYS, PLANNED_ROWS, has_fa4
 from megatron_vita.inference.runner.prefill_graphs import LENGTHS, PrefillGraphs, padded_length
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.inference.vision.decode_pool import DecodePool
@@ -101,8 +101,10 @@ class Worker:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Record the graphs that single requests need, so that the first one does not wait.
-        Collective."""
+        """Compile the kernels of long prompts and record the graphs that single requests need, so
+        that the first one does not wait. Collective."""
+        if platform.on_cuda():
+            self._compile_attention()
         if self.prefill_graphs is not None:
             for length in LENGTHS:
                 # Zigzag over CP needs two equal pieces per rank.
@@ -110,6 +112,16 @@ class Worker:
                     self.prefill_graphs.record(length)
             self.decoder.record(1)
             self.features.warm_up()
+
+    def _compile_attention(self) -> None:
+        shape = self.model.language_model.shape
+        tp = groups.rank_layout().tp_size
+        has_fa4(
+            heads=shape.num_attention_heads // tp,
+            query_groups=shape.query_groups_of_rank(tp),
+            width=shape.kv_channels,
+            dtype=self.cache.dtype,
+        )
 
     def close(self) -> None:
         """Free all graphs, since a process group cannot be destroyed while they hold its

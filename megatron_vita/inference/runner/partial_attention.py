@@ -1,14 +1,21 @@
 """Attention over part of the keys: each result comes with the log-sum-exp of its scores, by which
 parts are merged.
 
-cuDNN's kernels are the fastest on CUDA but build a plan for each shape, so they are given what is
-large and regular.
+On CUDA, long parts go to FlashAttention-4 where it runs, else to cuDNN. cuDNN builds a plan for each
+shape, so it is given only what is regular.
 """
 
 import functools
+import logging
 
 import torch
 from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.config import FA4_WIDTHS
+from megatron_vita.errors import PlatformError
+
+logger = logging.getLogger(__name__)
 
 PLANNED_ROWS = 1024
 PLANNED_KEYS = 8192
@@ -23,6 +30,11 @@ def attend(
 
     `causal`: query i sees keys up to i; then n = m.
     """
+    if _is_for_fa4(query, key):
+        from megatron_vita.model.backends.fa4 import attend_part
+
+        out, lse = attend_part(query, key, value, causal=causal)
+        return out, lse.T
     q = query.transpose(0, 1)[None]
     k = key[None]
     v = value[None]
@@ -46,6 +58,35 @@ def attend(
         ]
     lse = lse.reshape(q.shape[1], -1)[:, : len(query)]  # some kernels pad rows or add a dimension
     return out[0].transpose(0, 1), lse.T
+
+
+def _is_for_fa4(query: Tensor, key: Tensor) -> bool:
+    """Tell whether FlashAttention-4 attends from query [m, heads, d] to key [groups, n, d]."""
+    if not query.is_cuda or key.shape[1] < PLANNED_KEYS:
+        return False
+    return has_fa4(
+        heads=query.shape[1], query_groups=len(key), width=query.shape[2], dtype=query.dtype
+    )
+
+
+@functools.cache
+def has_fa4(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> bool:
+    """Tell whether FlashAttention-4 runs here and computes this shape right.
+
+    The first call of a shape compiles its kernels, some seconds, and warns if they compute wrong.
+    """
+    if dtype != torch.bfloat16 or width not in FA4_WIDTHS:
+        return False
+    if not platform.has_flash_attention_4() or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    from megatron_vita.model.backends.fa4 import check_forward
+
+    try:
+        check_forward(heads=heads, query_groups=query_groups, width=width, dtype=dtype)
+    except PlatformError as error:
+        logger.warning("prompts are computed with cuDNN's attention: %s", error)
+        return False
+    return True
 
 
 def merge_attention_states(
