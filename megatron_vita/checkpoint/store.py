@@ -168,18 +168,27 @@ def find_checkpoint(path: str | Path) -> Path:
     return newest
 
 
-def check_model(checkpoint: Path, *, saved: ModelConfig, model: ModelConfig) -> None:
+ROTARY: tuple[str, ...] = ("language.rotary_base", "language.rope_scaling.")
+"""Fields of a model that set the angles of positions: no weight's shape depends on them."""
+
+
+def check_model(
+    checkpoint: Path, *, saved: ModelConfig, model: ModelConfig, may_differ: tuple[str, ...] = ()
+) -> None:
     """Check that a checkpoint's model, `saved`, has the shapes of `model`.
 
     A text-only model may load the language model of a whole one.
+
+    Args:
+        may_differ: beginnings of the names of further fields that may differ.
 
     Raises:
         CheckpointError: names the first field that differs.
     """
     found = _flatten(dataclasses.asdict(saved))
-    free: tuple[str, ...] = ()
+    free = may_differ
     if model.text_only:
-        free = ("text_only", "vision.", "projector.")
+        free += ("text_only", "vision.", "projector.")
     for name, value in _flatten(dataclasses.asdict(model)).items():
         # How weights were initialized does not change their shapes.
         if name.startswith(free) or name.endswith(("init", "init_method_std")):

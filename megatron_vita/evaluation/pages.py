@@ -14,6 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from megatron_vita.errors import ConfigError, DataError
 
 LEADING = 1.25  # distance between lines, in font sizes
+# Enough for the words of needles; a needle that takes more lines than a page has is refused by name.
+LEAST_COLUMNS = 10
+LEAST_LINES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,11 @@ class PageStyle:
         """
         # Of one letter, since all have the same width: lines are wrapped by counting characters.
         columns = int((self.size - 2 * self.margin) / self.face.getlength("m"))
-        if columns < 20 or self.lines < 4:
+        if columns < LEAST_COLUMNS or self.lines < LEAST_LINES:
             raise ConfigError(
                 f"a page of {self.size} pixels with letters of {self.font_size} holds "
-                f"{self.lines} lines of {columns} characters: at least 4 of 20 are needed"
+                f"{self.lines} lines of {columns} characters: at least {LEAST_LINES} of "
+                f"{LEAST_COLUMNS} are needed"
             )
         return columns
 

@@ -17,7 +17,7 @@ from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.needle_run import NeedleGrid, run_needles
-from megatron_vita.evaluation.needles import Cell, Haystack, count_tokens, pages_within
+from megatron_vita.evaluation.needles import Cell, Haystack, Needle, count_tokens, pages_within
 from megatron_vita.evaluation.pages import Book, PageStyle, read_text
 from megatron_vita.inference.requests.prompt import Prompt
 from megatron_vita.inference.requests.types import SamplingParams
@@ -123,6 +123,16 @@ def test_cells_of_a_shared_haystack_differ_in_the_question_alone() -> None:
     assert changed_pages(haystack, Cell(pages=9, depth=0.5, trial=0)) == [0, 4, 8]
 
 
+def test_a_needle_of_the_longest_name_fits_a_tile_of_128_pixels() -> None:
+    style = PageStyle(size=128, font_size=12)
+    assert (style.columns, style.lines) == (14, 6)
+    lines = style.wrap(Needle(name="purple cabinet", code="73914").sentence)[:-1]
+    assert lines == ["The access", "code of the", "purple cabinet", "is 73914."]
+    haystack = Haystack(book=Book("A page of a few words. " * 40, style=style))
+    cells = [Cell(pages=3, depth=0.5, trial=trial) for trial in range(20)]
+    assert all(len(haystack.prompt(cell, depths=DEPTHS).images) == 3 for cell in cells)
+
+
 def test_needles_that_share_a_page_do_not_cover_one_another() -> None:
     haystack = Haystack(book=BOOK, shared=True)
     cell = Cell(pages=1, depth=0.5, trial=0)
@@ -214,7 +224,7 @@ def test_lengths_that_cannot_be_are_refused(encoder: SampleEncoder) -> None:
 def test_wrong_pages_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No Such Font"):
         Book("words", style=PageStyle(font="No Such Font"))
-    with pytest.raises(ConfigError, match="holds 1 lines"):
+    with pytest.raises(ConfigError, match="holds 1 lines of 3 characters: at least 4 of 10"):
         Book("words", style=PageStyle(size=64))
     with pytest.raises(DataError, match="no words"):
         Book(" \n ", style=STYLE)

@@ -212,6 +212,29 @@ def test_a_checkpoint_of_another_model_is_refused_by_field(
         open_run(load_recipe(recipe_path, overrides))
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.language.rotary_base=5.0e7",
+        "model.language.rope_scaling={kind: linear, factor: 4}",
+        "model.language.rope_scaling={kind: yarn, factor: 4, original_length: 256}",
+    ],
+)
+def test_a_stage_may_start_with_other_rotary_angles_but_not_resume_with_them(
+    trained: Recipe, recipe_path: Path, override: str
+) -> None:
+    load = f"checkpoint.load={trained.checkpoint.save}"
+    run = open_run(load_recipe(recipe_path, [*FAST, load, override]))
+    same = open_run(load_recipe(recipe_path, [*FAST, load]))
+    weights = (run.unwrapped_model.state_dict(), same.unwrapped_model.state_dict())
+    for name, value in weights[1].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(weights[0][name], value), name
+    save = f"checkpoint.save={trained.checkpoint.save}"
+    with pytest.raises(CheckpointError, match=r"model\.language\.(rotary_base|rope_scaling\.kind)"):
+        open_run(load_recipe(recipe_path, [*FAST, save, override]))
+
+
 def test_a_missing_or_torn_checkpoint_is_refused_by_path(recipe_path: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={tmp_path}"]))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,8 +212,23 @@ def _load_adapters(run: "Run", checkpoint: Path) -> None:
 def _start_from(run: "Run", checkpoint: Path) -> None:
     logger.info("loading weights of %s", checkpoint)
     saved = store.recipe_of(checkpoint)
-    store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
+    # A stage of longer packs raises the base. Not so beside adapters, which are served and merged
+    # with the weights as they were.
+    may_differ = store.ROTARY
+    if run.recipe.lora.rank:
+        may_differ = ()
+    store.check_model(checkpoint, saved=saved.model, model=run.recipe.model, may_differ=may_differ)
+    if changes := list(_rotary_changes(saved, run.recipe)):
+        logger.info("positions other than in %s: %s", checkpoint, "; ".join(changes))
     store.load_weights(run.unwrapped_models, checkpoint, with_adapters=False)
     # Its fp32 copies were made of the initial weights.
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)
+
+
+def _rotary_changes(saved: Recipe, recipe: Recipe) -> Iterator[str]:
+    """Yield a phrase for each field of the rotary embedding that differs."""
+    before = dataclasses.asdict(saved.model.language)
+    now = dataclasses.asdict(recipe.model.language)
+    for name in ("rotary_base", "rope_scaling"):
+        yield from changed_fields({name: before[name]}, {name: now[name]}, "model.language")
