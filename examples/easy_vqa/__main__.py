@@ -3,9 +3,6 @@ where it stopped."""
 
 import argparse
 import json
-import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +11,7 @@ from typing import get_args
 
 from tqdm import tqdm
 
+from examples.commands import run, train
 from examples.easy_vqa.prepare import Part
 from megatron_vita.files import atomic_write
 
@@ -25,15 +23,6 @@ Figures = dict[str, dict[str, float]]
 """Share of right answers of each column of the report, by kind of question."""
 VOCABULARY = 400
 PROCESSES = 2
-STEP = re.compile(r"step (\d+)/(\d+) \| loss ([\d.]+)")
-
-
-def run(*command: str) -> None:
-    """Run a command with this environment's Python; a failure ends the demo."""
-    # One thread per process: the demo's matrices are too small to gain from more.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if subprocess.run([sys.executable, *command], env=environment).returncode:
-        sys.exit(f"the demo stops: `{' '.join(command)}` failed; its message stands above")
 
 
 def prepare_data(overrides: Sequence[str]) -> None:
@@ -54,39 +43,14 @@ def prepare_data(overrides: Sequence[str]) -> None:
 
 
 def train_stage(stage: int, overrides: Sequence[str]) -> None:
-    """Train a stage with torchrun on two processes; the log goes to a file, progress to a bar."""
-    log = RUN / "logs" / f"stage{stage}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            *torchrun,
-            "pretrain_vita.py",
-            str(HERE / f"stage{stage}.yaml"),
-            *overrides,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    """Train a stage on two processes; the log goes to a file, progress to a bar."""
+    train(
+        HERE / f"stage{stage}.yaml",
+        overrides=overrides,
+        processes=PROCESSES,
+        log=RUN / "logs" / f"stage{stage}.log",
+        title=f"stage {stage}",
     )
-    assert process.stdout is not None
-    lines = []
-    # Appended, since a restart continues the run whose log this is.
-    with log.open("a") as file, tqdm(desc=f"stage {stage}", unit="step") as bar:
-        for line in process.stdout:
-            lines.append(line)
-            file.write(line)
-            if found := STEP.search(line):
-                bar.total = int(found[2])
-                bar.set_postfix_str(f"loss {found[3]}", refresh=False)
-                # By the difference: a resumed run begins at a later step than the bar.
-                bar.update(int(found[1]) - bar.n)
-    if process.wait():
-        # Ranks mark their errors; a launcher that fails has none, and its last lines must do.
-        told = [line for line in lines if " ERROR " in line] or lines
-        sys.exit(f"the demo stops: stage {stage} failed; its log is {log}\n" + "".join(told[-20:]))
 
 
 def grade_and_report(part: Part) -> tuple[Path, Figures]:

@@ -1,0 +1,120 @@
+"""Long-VITA's four stages with a small model: `python -m examples.four_stages`, or one stage of it,
+`python -m examples.four_stages stage 3`. Restarted after an interruption, it continues where it
+stopped; what is finished is skipped."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.commands import train
+from examples.four_stages.prepare import prepare, write_held_out
+from examples.four_stages.run_folder import FOLDER, STAGES, RunFolder
+from examples.four_stages.served_film import write_film
+from megatron_vita.errors import VitaError
+
+logger = logging.getLogger(__name__)
+REPORT = "report.html"
+RESULTS = "results.json"
+WORK = ("all", "prepare", "stage", "score", "report", "film")
+
+
+def run_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
+    """Prepare, train and score a stage, unless that is done."""
+    prepare_stage(run, stage, options)
+    recipe = run.recipe(stage, tuple(options.overrides))
+    if run.steps_done(stage) < recipe.training.train_iters:
+        train(
+            run.recipe_file(stage),
+            overrides=[*run.overrides(stage), *options.overrides],
+            processes=options.processes,
+            log=run.log(stage),
+            title=f"stage {stage}",
+        )
+    score_stage(run, stage, options)
+
+
+def prepare_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
+    """Make a stage's data, unless its training is finished."""
+    if run.steps_done(stage) < run.recipe(stage, tuple(options.overrides)).training.train_iters:
+        prepare(run, stage, material=options.material, overrides=options.overrides)
+
+
+def score_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
+    """Answer the held-out questions with a stage's newest checkpoint."""
+    # Imported here: torch takes seconds to load.
+    from examples.four_stages.score import score
+
+    write_held_out(run, material=options.material)
+    score(run, stage)
+
+
+def write_pages(run: RunFolder) -> None:
+    """Write results.json and report.html of all seeds that have scores."""
+    from examples.four_stages.report import write_report
+    from examples.four_stages.results import write_results
+
+    runs = run.all_seeds()
+    write_results(run.folder / RESULTS, runs)
+    write_report(run.folder / REPORT, runs)
+    logger.info("the report is %s, its figures are %s", run.folder / REPORT, run.folder / RESULTS)
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.four_stages", description=__doc__)
+    parser.add_argument("work", nargs="?", choices=WORK, default="all", help="default: all")
+    parser.add_argument("words", nargs="*", metavar="stage and overrides",
+                        help="number of the stage (of prepare, stage, score; default: all), then fields "
+                        "of its recipe, such as training.train_iters=50")  # fmt: skip
+    parser.add_argument("--folder", type=Path, help=f"folder of data and runs (default: {FOLDER})")
+    parser.add_argument("--seed", type=int, default=0, help="added to the seeds of the recipes")
+    parser.add_argument(
+        "--miniature", action="store_true", help="tiny model and data, for a minute on a laptop"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="ranks that train, one a GPU")
+    parser.add_argument(
+        "--material", type=Path, help="folder of the packages' files (default: in the folder)"
+    )
+    options = parser.parse_args(arguments)
+    numbers = [int(word) for word in options.words if word.isdecimal()]
+    options.overrides = [word for word in options.words if "=" in word]
+    options.stages = numbers or list(STAGES)
+    if not set(options.stages) <= set(STAGES) or len(numbers) + len(options.overrides) < len(
+        options.words
+    ):
+        parser.error(f"{' '.join(options.words)}: stages are 1 to 4, fields are group.field=value")
+    default = f"{FOLDER}_miniature" if options.miniature else FOLDER
+    options.folder = options.folder or Path(default)
+    options.material = options.material or options.folder / "material"
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what the command line asks for."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run = RunFolder(folder=options.folder, seed=options.seed, miniature=options.miniature)
+    steps = {
+        "all": run_stage,
+        "stage": run_stage,
+        "prepare": prepare_stage,
+        "score": score_stage,
+    }
+    try:
+        if options.work in steps:
+            for stage in options.stages:
+                steps[options.work](run, stage, options)
+        if options.work == "prepare":
+            write_held_out(run, material=options.material)
+        if options.work in ("all", "report"):
+            write_pages(run)
+        if options.work == "film":
+            logger.info("the film is %s", write_film(run.folder))
+    except VitaError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
