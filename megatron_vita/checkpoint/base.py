@@ -62,19 +62,44 @@ def base_state(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
+def named_state(state: dict[str, Any], names: Mapping[str, set[str]]) -> dict[str, Any]:
+    """Return the part of the chunks' sharded state that `names` lists by chunk."""
+    return {
+        number: {name: value for name, value in of_chunk.items() if name in names.get(number, ())}
+        for number, of_chunk in state.items()
+    }
+
+
+class BaseStamp:
+    """The stamp of weights that may not be in memory all at once."""
+
+    def __init__(self) -> None:
+        self._total = torch.zeros((), dtype=torch.int64, device=platform.device())
+
+    @torch.no_grad()
+    def add(self, state: dict[str, Any]) -> None:
+        """Add the weights in a sharded state, each once."""
+        for tensor in sharded_tensors(state):
+            # Each element counts once, however many ranks hold it.
+            if is_main_replica(tensor.replica_id):
+                axis = tensor.prepend_axis_num
+                layer = tensor.global_offset[0] if axis else None
+                first_row = tensor.global_offset[axis]
+                weight = tensor.data.detach()
+                self._total += _sum_of(weight, tensor.key, layer, first_row=first_row)
+
+    def text(self) -> str:
+        """Return the stamp, the same at every layout. Collective."""
+        total = self._total.clone()
+        dist.all_reduce(total)
+        return _as_text(total)
+
+
 def stamp_of(state: dict[str, Any]) -> str:
     """Compute the stamp of the weights in a sharded state; the same at every layout. Collective."""
-    total = torch.zeros((), dtype=torch.int64, device=platform.device())
-    for tensor in sharded_tensors(state):
-        # Each element counts once, however many ranks hold it.
-        if is_main_replica(tensor.replica_id):
-            axis = tensor.prepend_axis_num
-            layer = tensor.global_offset[0] if axis else None
-            first_row = tensor.global_offset[axis]
-            total += _sum_of(tensor.data.detach(), tensor.key, layer, first_row=first_row)
-    dist.all_reduce(total)
-    return _as_text(total)
+    stamp = BaseStamp()
+    stamp.add(state)
+    return stamp.text()
 
 
 def stamp_of_parts(parts: Iterable[tuple[str, int | None, Tensor]]) -> str:

@@ -1,5 +1,6 @@
 """Loading of a checkpoint by all ranks: each tensor is read and verified once, and exchanged."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
@@ -26,6 +28,7 @@ from megatron_vita.checkpoint.index_file import parse_index
 from megatron_vita.checkpoint.manifest import FILES, INDEX, Span, check_bytes, check_files
 from megatron_vita.errors import CheckpointError, DamagedCheckpointError
 from megatron_vita.parallel import groups
+from megatron_vita.parallel.sharded_state import sharded_tensors
 from megatron_vita.platform.saving import reading_with
 
 
@@ -47,6 +50,42 @@ def load_state(
             that were written.
         CheckpointError: on all ranks, if it does not hold what is asked for.
     """
+    return _load(checkpoint, state, manifest=manifest, on_progress=on_progress)
+
+
+def fill_part(checkpoint: Path, state: dict[str, Any], *, manifest: dict[str, Any]) -> None:
+    """Fill the tensors of a sharded `state` in place, as `load_state`. Collective.
+
+    The ranks together may ask for less than whole tensors, such as one layer of those that are
+    stacked, and some of them for nothing.
+    """
+    tensors = list(sharded_tensors(state))
+    wanted = {str(i): _unstacked(tensor) for i, tensor in enumerate(tensors)}
+    loaded = _load(checkpoint, wanted, manifest=manifest, in_part=True)
+    with torch.no_grad():
+        for i, tensor in enumerate(tensors):
+            tensor.data.copy_(loaded[str(i)].view_as(tensor.data))
+
+
+def _unstacked(tensor: ShardedTensor) -> ShardedTensor:
+    """Describe a layer's tensor by all axes of the stacked ones: [1, ...].
+
+    Of tensors that are described as stacked, megatron-core asks for all layers in a world of one.
+    """
+    shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    return dataclasses.replace(
+        tensor, data=tensor.data.detach().view(shape), local_shape=shape, prepend_axis_num=0
+    )
+
+
+def _load(
+    checkpoint: Path,
+    state: dict[str, Any],
+    *,
+    manifest: dict[str, Any],
+    in_part: bool = False,
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     reader = CheckedReader(checkpoint, manifest.get(FILES, {}), on_progress=on_progress)
     replicas = groups.data_parallel_group(with_context_parallel=True)
     # A state may ask for less than the checkpoint holds (weights without optimizer, a language
@@ -59,6 +98,7 @@ def load_state(
                 state,
                 str(checkpoint),
                 FullyParallelLoadStrategyWrapper(_AgreedLoad(), replicas),
+                validate_access_integrity=not in_part,
                 strict=strict,
             )
         except CheckpointError:

@@ -6,18 +6,21 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megatron_vita import platform
 from megatron_vita.checkpoint import base, reading
 from megatron_vita.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megatron_vita.checkpoint.retention import Retention, is_saved, step_of
 from megatron_vita.checkpoint.saver import LATEST, Saver
 from megatron_vita.config import ModelConfig, Recipe, recipe_from_dict
 from megatron_vita.errors import CheckpointError, DamagedCheckpointError
+from megatron_vita.model.quantized import unpacked_in_turn
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -212,7 +215,10 @@ def recipe_of(checkpoint: Path) -> Recipe:
 
 
 def load_state(
-    checkpoint: Path, state: dict[str, Any], *, on_progress: Callable[[], None] = lambda: None
+    checkpoint: Path,
+    state: dict[str, Any],
+    *,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fill a sharded `state` from a checkpoint written by any layout. Collective.
 
@@ -241,15 +247,53 @@ def set_model_state(chunks: list[VitaModel], state: dict[str, Any]) -> None:
         chunk.load_state_dict(state[str(i)], strict=False)
 
 
-def load_weights(chunks: list[VitaModel], checkpoint: Path, *, with_adapters: bool = True) -> None:
+def load_weights(
+    chunks: list[VitaModel],
+    checkpoint: Path,
+    *,
+    with_adapters: bool = True,
+    on_part: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
     """Load a model's weights from a checkpoint written by any layout. Collective.
 
+    Weights that are kept in 4 bits are loaded and packed a layer at a time.
+
     with_adapters: load the model's adapters too, if it has any; the checkpoint must hold them.
+    on_part: called with the sharded state of what has been loaded, part by part.
     """
-    state = model_state(chunks)
-    if not with_adapters:
-        state = base.base_state(state)
-    set_model_state(chunks, load_state(checkpoint, {"model": state})["model"])
+
+    def described() -> dict[str, Any]:
+        state = model_state(chunks)
+        return state if with_adapters else base.base_state(state)
+
+    set_model_state(chunks, load_state(checkpoint, {"model": described()})["model"])
+    if on_part is not None:
+        # Described anew: loading changes which of several ranks is a tensor's main one.
+        on_part(described())
+    manifest = read_manifest(checkpoint)
+    for names in _quantized_names(chunks):
+        part = base.named_state(model_state(chunks), names)
+        reading.fill_part(checkpoint, part, manifest=manifest)
+        if on_part is not None:
+            on_part(part)
+
+
+def _quantized_names(chunks: list[VitaModel]) -> Iterator[dict[str, set[str]]]:
+    """Yield the names of quantized weights by chunk, layer by layer, as often on all ranks.
+
+    They can be written to until the next are asked for. Collective.
+    """
+    if not any(chunk.quantized for chunk in chunks):
+        return
+    mine = sum(len(chunk.language_model.decoder.layers) for chunk in chunks)
+    most = torch.tensor(mine, device=platform.device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    for i, chunk in enumerate(chunks):
+        for names in unpacked_in_turn(chunk):
+            yield {str(i): names}
+    # Other pipeline stages may have more layers.
+    for _ in range(mine, int(most)):
+        yield {}
 
 
 def load_adapters(chunks: list[VitaModel], checkpoint: Path, *, saved: Recipe) -> None:

@@ -28,6 +28,7 @@ def check_recipe(recipe: "Recipe") -> None:
     _check_parts(recipe)
     _check_adapters(recipe)
     _check_adapter_dropout(recipe)
+    _check_quantized_base(recipe)
     _check_preferences(recipe)
     _check_checkpoints(recipe)
     _check_schedule(recipe)
@@ -177,8 +178,7 @@ def _matrix_sizes(recipe: "Recipe") -> dict[str, int]:
     language = recipe.model.language
     parallel = recipe.parallel
     tp = parallel.tensor_model_parallel_size
-    heads = language.num_attention_heads // tp
-    joint = heads + 2 * language.query_groups_of_rank(tp)
+    joint = language.num_attention_heads // tp + 2 * language.query_groups_of_rank(tp)
     return {
         "data.seq_length over CP and SP ranks": recipe.rows_of_rank(
             recipe.data.seq_length // parallel.context_parallel_size
@@ -186,10 +186,7 @@ def _matrix_sizes(recipe: "Recipe") -> dict[str, int]:
         "training.mlp_chunk_tokens over SP ranks": recipe.rows_of_rank(
             recipe.training.mlp_chunk_tokens
         ),
-        "model.language.hidden_size": language.hidden_size,
-        "model.language.ffn_hidden_size over TP ranks": language.ffn_hidden_size // tp,
-        "model.language.num_attention_heads x kv_channels over TP ranks": heads
-        * language.kv_channels,
+        **_row_sizes(recipe),
         "the width of queries, keys and values over TP ranks": joint * language.kv_channels,
     }
 
@@ -245,6 +242,47 @@ def _check_adapter_dropout(recipe: "Recipe") -> None:
     ):
         reason = "training.recompute_modules has mlp without training.mlp_chunk_tokens"
     require(not reason, f"lora.dropout is {recipe.lora.dropout}, but must be 0: {reason}")
+
+
+def _check_quantized_base(recipe: "Recipe") -> None:
+    """Check that the 4-bit maps are frozen, and that no block of a row lies on two ranks."""
+    lora = recipe.lora
+    if not lora.quantizes:
+        return
+    field = f"lora.quantize_base is {lora.quantize_base}"
+    require(
+        recipe.training.freeze_language_model,
+        f"{field}, but the language model is trained: set training.freeze_language_model to true",
+    )
+    require(
+        recipe.training.fp8_recipe == "none",
+        f"{field}, but training.fp8_recipe is {recipe.training.fp8_recipe}: weights of 4 bits are "
+        "multiplied in the type of all weights; set it to none",
+    )
+    require(
+        not lora.dora,
+        f"{field}, but lora.dora is true: norms of 4-bit weights are not those of the base that "
+        "adapters are merged into or exported for; set one of them to its default",
+    )
+    for what, size in _row_sizes(recipe).items():
+        require(
+            size % lora.quantize_block_size == 0,
+            f"{what} is {size}: {field}, which needs a multiple of lora.quantize_block_size "
+            f"{lora.quantize_block_size}, so that no block crosses rows or ranks",
+        )
+
+
+def _row_sizes(recipe: "Recipe") -> dict[str, int]:
+    """Columns of one rank's matrices, by the fields that they follow from."""
+    language = recipe.model.language
+    tp = recipe.parallel.tensor_model_parallel_size
+    heads = language.num_attention_heads // tp
+    return {
+        "model.language.hidden_size": language.hidden_size,
+        "model.language.ffn_hidden_size over TP ranks": language.ffn_hidden_size // tp,
+        "model.language.num_attention_heads x kv_channels over TP ranks": heads
+        * language.kv_channels,
+    }
 
 
 def _check_preferences(recipe: "Recipe") -> None:

@@ -34,6 +34,8 @@ BACKWARD_ATTENTION = 2.5
 """Products of attention's backward over those of its forward: 5 over 2."""
 WITHOUT_OUTPUT = 2 / 3
 """Fraction of an MLP's forward pass that is left without its last product: 2 of 3 matrices."""
+PACKED_BYTES = 0.56
+"""Bytes of a 4-bit weight with its part of a scale."""
 HOST_RATE = 50e9
 """Bytes/s that a rank's part of the host's cores reads and writes in Adam; not measured."""
 
@@ -241,7 +243,21 @@ class _Stage:
         mlp = 5 * t.hidden + 3 * t.mlp
         forward = attention * (1 + around) + mlp * (1 + math.ceil(inside))
         backward = 12 * t.hidden + 12 * t.query + 3 * t.keys + 5 * t.mlp
-        return (forward + backward) / self.machine.device.bandwidth
+        unpacked = self._unpacked_bytes(plan)
+        return (forward + backward + unpacked) / self.machine.device.bandwidth
+
+    def _unpacked_bytes(self, plan: LayerPlan) -> float:
+        """Return the bytes that are read and written to compute 4-bit weights for each product.
+
+        Forward, again where recomputed, and backward; of an MLP in pieces for each piece.
+        """
+        if not self.recipe.lora.quantizes:
+            return 0.0
+        language = self.recipe.model.language
+        around, _, inside = self._repeats(plan)
+        mlp = 3 * language.ffn_hidden_size * language.hidden_size
+        products = (self.layer.split - mlp) * (2 + around) + mlp * (2 + inside) * plan.pieces
+        return products / self.tp * (value_bytes(self.recipe) + PACKED_BYTES)
 
     def _communication(self, plan: LayerPlan) -> float:
         """Return the seconds of collectives over TP and CP that are waited for.

@@ -23,6 +23,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.model.backends.backends import AttentionBackend, TorchBackend, choose_backend
 from megatron_vita.model.dora import DoraAdapter
 from megatron_vita.model.lora import Adapter, adapters_of, attach, named_linears
+from megatron_vita.model.quantized import check_quantization, set_packing
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionOptions, VitaModel
 from megatron_vita.parallel import groups
@@ -178,7 +179,11 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
     Args:
         recipe: a checked recipe.
         backend: used instead of the one that the recipe names.
+
+    Raises:
+        PlatformError: this machine lacks what the recipe needs.
     """
+    check_quantization(recipe)
     backend = backend or choose_backend(recipe)
     config = transformer_config(recipe, fused=backend.fused)
     # megatron-core's initial weights depend on the layout; `initialize_language` sets ours.
@@ -264,6 +269,7 @@ def _assemble_chunk(
             recompute=recipe.training.recompute_vision,
             recompute_method=recipe.training.recompute_vision_method,
         ),
+        quantized=recipe.lora.quantizes,
         pre_process=groups.is_first_stage(chunk),
         post_process=groups.is_last_stage()
         and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
@@ -272,6 +278,7 @@ def _assemble_chunk(
     layers = model.language_model.decoder.layers
     for layer, memory in zip(layers, layer_memory(recipe, len(layers)), strict=True):
         layer.memory = memory
+    set_packing(model, recipe)
     return model
 
 

@@ -23,6 +23,7 @@ from megatron_vita.config import LanguageConfig, OutputConfig
 from megatron_vita.model.backends.backends import AttentionBackend
 from megatron_vita.model.layer import use_recomputing_layers
 from megatron_vita.model.output.output import OutputLayer, padded_vocabulary
+from megatron_vita.model.quantized import use_quantized_linears
 from megatron_vita.model.rotary import inverse_frequencies
 
 
@@ -39,6 +40,7 @@ class LanguageModel(LanguageModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
+        quantized: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.shape = shape
@@ -57,14 +59,14 @@ class LanguageModel(LanguageModule):
                 max_sequence_length=0,  # of learned positions, which there are none of
                 position_embedding_type="rope",
             )
+        layers = backend.block_spec(
+            get_num_layers_to_build(config, vp_stage=vp_stage), qk_layernorm=shape.qk_layernorm
+        )
+        if quantized:
+            layers = use_quantized_linears(layers)
         self.decoder = TransformerBlock(
             config,
-            spec=use_recomputing_layers(
-                backend.block_spec(
-                    get_num_layers_to_build(config, vp_stage=vp_stage),
-                    qk_layernorm=shape.qk_layernorm,
-                )
-            ),
+            spec=use_recomputing_layers(layers),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -10,32 +10,44 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_vita.model.nf4 import PackedWeight
 from megatron_vita.model.output.weight_gradient import add_product
+from megatron_vita.model.quantized import QuantizedLinear
 from megatron_vita.parallel.collectives import concatenate_rows
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, linear: Any, group: ProcessGroup | None
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | PackedWeight,
+        linear: Any,
+        group: ProcessGroup | None,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        ctx.packed = None
+        if isinstance(weight, PackedWeight):
+            ctx.packed = weight
+        else:
+            ctx.save_for_backward(rows, weight)
         ctx.linear = linear
         ctx.group = group
         count = len(rows)
         if group is not None:
             count //= group.size()
         # One element, expanded: autograd needs an output's shape, not its memory.
-        return rows.new_empty(()).expand(count, *rows.shape[1:-1], len(weight))
+        return rows.new_empty(()).expand(count, *rows.shape[1:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
         grad = grads[0]
         group = ctx.group
         if group is not None:
             grad = concatenate_rows(grad, counts=[len(grad)] * group.size(), group=group)
+        if ctx.packed is not None:
+            return torch.matmul(grad, ctx.packed.dense()), None, None, None
+        rows, weight = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(grad.flatten(0, -2), rows.flatten(0, -2), ctx.linear)
@@ -65,5 +77,6 @@ def without_output(rows: Tensor, linear: Any, *, group: ProcessGroup | None) -> 
         group: tensor-parallel ranks, where the output is scattered along the rows, [t / TP, ...,
             H]; None where each rank has all of it.
     """
-    result: Tensor = _Backward.apply(rows, linear.weight, linear, group)
+    weight = linear.packed if isinstance(linear, QuantizedLinear) else linear.weight
+    result: Tensor = _Backward.apply(rows, weight, linear, group)
     return result

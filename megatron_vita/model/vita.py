@@ -1,6 +1,6 @@
 """VitaModel: from tiles and tokens to the losses of the scored rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_vita.model.language import LanguageModel
 from megatron_vita.model.lora import with_adapters
 from megatron_vita.model.pieces import checkpoint_pieces, split_evenly
 from megatron_vita.model.projector import Projector
+from megatron_vita.model.quantized import unpacked_in_turn
 from megatron_vita.model.vision import build_tower
 from megatron_vita.parallel import groups
 from megatron_vita.parallel.collectives import exchange_rows
@@ -49,6 +50,7 @@ class VitaModel(MegatronModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
+        quantized: bool = False,
     ) -> None:
         super().__init__(config=config)
         # megatron-core's pipeline schedules ask every model for it.
@@ -58,6 +60,7 @@ class VitaModel(MegatronModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.vision_options = vision_options
+        self.quantized = quantized
         self.encodes = pre_process and not shapes.text_only
         if self.encodes:
             self.vision_model = build_tower(
@@ -73,6 +76,7 @@ class VitaModel(MegatronModule):
             shape=shapes.language,
             output=shapes.output,
             backend=backend,
+            quantized=quantized,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -223,10 +227,27 @@ class VitaModel(MegatronModule):
 
     def initialize_language(self, seed: int) -> None:
         """Initialize this stage's part of the language model, the same at every layout."""
+        self._draw(self._language_state(), seed=seed)
+        for _ in self.initialize_quantized(seed):
+            pass
+
+    def initialize_quantized(self, seed: int) -> Iterator[dict[str, Any]]:
+        """Initialize the weights that are kept in 4 bits, a layer at a time, and yield the sharded
+        state of each layer's, which are packed afterwards."""
+        for names in unpacked_in_turn(self):
+            state = self._language_state()
+            part = {name: value for name, value in state.items() if name in names}
+            self._draw(part, seed=seed)
+            yield part
+
+    def _language_state(self) -> dict[str, Any]:
         replicas = groups.data_parallel_group(with_context_parallel=True)
-        state = self.language_model.sharded_state_dict(
+        state: dict[str, Any] = self.language_model.sharded_state_dict(
             prefix="language_model.", metadata={"dp_cp_group": replicas}
         )
+        return state
+
+    def _draw(self, state: dict[str, Any], *, seed: int) -> None:
         set_initial_weights(
             state, config=self.config, vocab_size=self.shapes.language.vocab_size, seed=seed
         )

@@ -23,6 +23,7 @@ from megatron_vita.platform.machine import (
     synchronize,
 )
 from megatron_vita.platform.packages import (
+    has_bitsandbytes,
     has_flash_attention_4,
     has_transformer_engine,
     refuse_unrelated_apex,
@@ -55,6 +56,7 @@ __all__ = [
     "device",
     "device_memory",
     "device_name",
+    "has_bitsandbytes",
     "has_flash_attention_4",
     "has_transformer_engine",
     "initialize_process",

@@ -40,3 +40,8 @@ def has_flash_attention_4() -> bool:
     if importlib.util.find_spec("flash_attn") is None:
         return False
     return importlib.util.find_spec("flash_attn.cute") is not None
+
+
+def has_bitsandbytes() -> bool:
+    """Tell whether bitsandbytes, the kernels of 4-bit weights, is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None

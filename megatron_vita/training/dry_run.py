@@ -23,6 +23,7 @@ from megatron_vita.layout.assignment import assign_packs, assign_tiles
 from megatron_vita.layout.counts import count_by_rank
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
+from megatron_vita.model.quantized import parameter_count
 from megatron_vita.parallel import groups
 from megatron_vita.training.run.resume import ResumePoint
 from megatron_vita.training.run.skipped import read_skipped
@@ -178,7 +179,7 @@ def _report_stage(
     # Pipeline stages are the outermost dimension of ranks.
     first = stage * ranks
     with _fake_world(recipe, rank=first, world_size=world_size):
-        built = sum(p.numel() for chunk in build_on_meta(recipe) for p in chunk.parameters())
+        built = sum(map(parameter_count, build_on_meta(recipe)))
     # The costs are derived from a recipe alone; here they are checked against the model itself.
     assert built == parameters.total, (
         f"stage {stage}: {built} parameters were built, {parameters.total} planned"

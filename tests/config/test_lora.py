@@ -141,3 +141,60 @@ def test_norms_are_refused_beside_dropout_and_8_bit_weights() -> None:
         ConfigError, match=r"lora\.dora is true, but training\.fp8_recipe is tensor"
     ):
         adapted("q_proj", **{"lora.dora": True} | eight_bit)
+
+
+PACKED = {"lora.rank": 4, "lora.quantize_base": "nf4", **FROZEN}
+QWEN_72B = {
+    "model.language.hidden_size": 8192,
+    "model.language.num_attention_heads": 64,
+    "model.language.num_query_groups": 8,
+    "model.language.ffn_hidden_size": 29568,
+    "parallel.sequence_parallel": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"training.freeze_language_model": False, "lora.targets": ["projector.*"]},
+            r"the language model is trained: set training\.freeze_language_model to true",
+        ),
+        ({"training.fp8_recipe": "blockwise"}, r"training\.fp8_recipe is blockwise"),
+        ({"lora.dora": True}, r"lora\.dora is true"),
+        ({"model.language.hidden_size": 5152}, r"hidden_size is 5152: .* multiple of .* 64"),
+        ({"lora.quantize_block_size": 96}, "quantize_block_size is 96: it must be a power of two"),
+        ({"lora.quantize_block_size": 16}, "quantize_block_size is 16: it must be from 32 to 4096"),
+        ({"lora.quantize_base": "nf8"}, "quantize_base is 'nf8'; known: none, nf4"),
+    ],
+)
+def test_4_bit_maps_are_refused_by_name_where_they_cannot_be(
+    changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Recipe().replaced(PACKED | changes)
+
+
+@pytest.mark.parametrize(
+    ("tp", "block_size", "fits"),
+    [(1, 64, True), (2, 64, True), (4, 64, False), (4, 32, True), (8, 32, False)],
+)
+def test_blocks_of_4_bit_maps_must_end_where_a_ranks_part_of_a_row_ends(
+    tp: int, block_size: int, fits: bool
+) -> None:
+    """Of 29568 columns, 8 ranks have 3696 each, which no block size divides."""
+    changes = {
+        "parallel.tensor_model_parallel_size": tp,
+        "lora.quantize_block_size": block_size,
+    }
+    if fits:
+        assert Recipe().replaced(PACKED | QWEN_72B | changes).lora.quantizes
+        return
+    with pytest.raises(ConfigError, match=rf"ffn_hidden_size over TP ranks is {29568 // tp}: lora"):
+        Recipe().replaced(PACKED | QWEN_72B | changes)
+
+
+@pytest.mark.parametrize("changes", [{"lora.quantize_block_size": 32}, {"lora.double_quant": True}])
+def test_fields_of_4_bit_maps_need_them(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"needs lora\.quantize_base nf4; it is none"):
+        Recipe().replaced({"lora.rank": 4, **FROZEN, **changes})

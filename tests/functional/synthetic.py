@@ -25,6 +25,17 @@ LENGTH = 128
 VOCAB = 96
 ROWS = 4
 IGNORED = -100
+WIDE = {"hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 128}
+"""Sizes whose rows are whole blocks of 4-bit weights, over two TP ranks too with blocks of 32."""
+QUANTIZED = {
+    **WIDE,
+    "freeze_language_model": True,
+    "freeze_vision_model": True,
+    "freeze_projector": True,
+    "rank": 3,
+    "quantize_base": "nf4",
+    "quantize_block_size": 32,
+}
 
 
 def tiny_recipe(**layout: Any) -> Recipe:

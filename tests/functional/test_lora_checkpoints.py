@@ -15,6 +15,8 @@ from megatron_vita.convert.adapters import AdapterCheckpoint, merge_adapters
 from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.errors import CheckpointError
+from megatron_vita.model.nf4 import pack
+from megatron_vita.model.quantized import quantized_linears
 from megatron_vita.parallel import groups
 from megatron_vita.training.run.resume import ResumePoint
 from megatron_vita.training.run.run import Run, assemble_run
@@ -22,7 +24,7 @@ from megatron_vita.training.run.run_state import restore, save_run
 from megatron_vita.training.step.step import train_step
 from tests.functional.launch import run_ranks
 from tests.functional.layout_worker import my_batches
-from tests.functional.synthetic import tiny_recipe
+from tests.functional.synthetic import WIDE, tiny_recipe
 
 FIELDS = {
     "freeze_language_model": True,
@@ -54,9 +56,9 @@ def open_run(recipe: Recipe) -> Run:
     return run
 
 
-def save_base(folder: Path, *, seed: int) -> None:
+def save_base(folder: Path, *, seed: int, **fields: object) -> None:
     """Write a whole model's initial weights as a checkpoint."""
-    recipe = tiny_recipe(seed=seed)
+    recipe = tiny_recipe(seed=seed, **fields)
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     state = {"model": store.model_state(run.unwrapped_models)}
@@ -103,9 +105,9 @@ def test_a_resumed_run_has_the_digits_of_an_uninterrupted_one(trained: tuple[Pat
     assert train(run, range(2, 3)) == third
 
 
-def resave(folder: Path, into: Path) -> None:
+def resave(folder: Path, into: Path, **fields: object) -> None:
     """Resume at another layout and save at once."""
-    run = open_run(recipe_in(folder, **OTHER_LAYOUT))
+    run = open_run(recipe_in(folder, **OTHER_LAYOUT, **fields))
     run.recipe = run.recipe.replaced({"checkpoint.save": str(into)})
     save_run(run)
 
@@ -129,6 +131,57 @@ def test_another_layout_resumes_with_the_same_bits(trained: tuple[Path, list]) -
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+
+
+QUANTIZED = WIDE | {"quantize_base": "nf4", "quantize_block_size": 32, "double_quant": True}
+
+
+def test_adapters_of_a_4_bit_base_are_stamped_resumed_and_merged_by_its_own_weights(
+    tmp_path: Path,
+) -> None:
+    platform.initialize_process()
+    folder = tmp_path / "run"
+    save_base(tmp_path / "base", seed=5, **WIDE)
+    dense = open_run(recipe_in(folder, **WIDE))
+    run = open_run(recipe_in(folder, **QUANTIZED))
+    assert run.base_stamp == dense.base_stamp
+    weights = dict(dense.unwrapped_model.named_parameters())
+    for name, linear in quantized_linears(run.unwrapped_model):
+        values = pack(weights[f"{name}.weight"].detach(), linear.packing).dense()
+        assert linear.packed is not None
+        assert torch.equal(linear.packed.dense(), values), name
+    train(run, range(2))
+    checkpoint = save_run(run)
+    assert not any(key.endswith("linear_fc1.weight") for key in keys_in(checkpoint))
+    third = train(run, range(2, 3))
+    again = open_run(recipe_in(folder, **QUANTIZED))
+    before = {name: value.clone() for name, value in tensors_in(again).items()}
+    assert train(again, range(2, 3)) == third
+    into = tmp_path / "resaved"
+    run_ranks(resave, 2, folder, into, **QUANTIZED)
+    after = tensors_in(open_run(recipe_in(into, **QUANTIZED)))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    with pytest.raises(CheckpointError, match=r"lora.quantize_base is none, but nf4 in the run"):
+        open_run(recipe_in(folder, **WIDE))
+    merge_adapters(folder, tmp_path / "merged")
+    assert not store.recipe_of(tmp_path / "merged").lora.quantizes
+    place = TensorLocation("language_model.decoder.layers.self_attention.linear_proj.weight", 1)
+    found = [
+        DistSource(store.find_checkpoint(tmp_path / name)).read(place)
+        for name in ("merged", "base")
+    ]
+    assert torch.equal(*found)
+
+
+def test_the_initial_weights_have_one_stamp_in_4_bits_and_not(tmp_path: Path) -> None:
+    platform.initialize_process()
+    stamps = []
+    for fields in (WIDE, QUANTIZED):
+        recipe = recipe_in(tmp_path / "run", **fields)
+        stamps.append(open_run(recipe.replaced({"checkpoint.load": ""})).base_stamp)
+    assert stamps[0] == stamps[1]
 
 
 def test_adapters_of_another_base_are_refused(trained: tuple[Path, list]) -> None:

@@ -3,19 +3,21 @@
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megatron_vita import platform
-from megatron_vita.config import Recipe, adapted_maps
+from megatron_vita.config import LanguageConfig, Recipe, adapted_maps, linear_maps
 from megatron_vita.convert.families.adapters import (
     join_adapter,
     join_norms,
 )
+from megatron_vita.model.quantized import unpacked_in_turn
 from megatron_vita.parallel import groups
 from megatron_vita.training.run.run import Run, assemble_run
-from tests.functional.synthetic import ROWS, VOCAB, tiny_recipe
+from tests.functional.synthetic import ROWS, VOCAB, WIDE, tiny_recipe
 from tests.model.hf_weights import copy_into, our_tensors, randomize
 
 IMAGE_TOKEN = 0  # packs have other tokens
@@ -38,6 +40,12 @@ CASES: dict[str, dict[str, Any]] = {
     "own rate": {"lr": 3e-3},
     "dora": {"targets": ["*"], "alpha": 3.0, "dora": True},
     "dora of pieces": {"targets": ["v_proj", "gate_proj", "down_proj", "key"], "dora": True},
+    "quantized": {"quantize_base": "nf4", "targets": ["*"], "alpha": 3.0},
+    "quantized twice": {
+        "quantize_base": "nf4", "double_quant": True, "quantize_block_size": 32,
+        "alpha": 3.0, "mlp_chunk_tokens": 48,
+        "recompute_granularity": "full", "recompute_keep_attention_layers": -1,
+    },
 }  # fmt: skip
 
 
@@ -50,11 +58,13 @@ def recipe_of(case: str, **memory: object) -> Recipe:
         **CASES[case],
         **memory,
     }
+    if "quantize_base" in fields:
+        fields |= WIDE
     rate = fields.pop("lr", 0.0)
     return tiny_recipe(**fields).replaced({"model.projector.kind": "internvl", "lora.lr": rate})
 
 
-def internvl() -> InternVLForConditionalGeneration:
+def internvl(language: LanguageConfig) -> InternVLForConditionalGeneration:
     config = InternVLConfig(
         vision_config={
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -62,14 +72,20 @@ def internvl() -> InternVLForConditionalGeneration:
             "norm_type": "layer_norm", "use_qk_norm": False,
         },
         text_config={
-            "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": language.hidden_size,
+            "intermediate_size": language.ffn_hidden_size, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
             "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         },
         image_token_id=IMAGE_TOKEN, image_seq_length=ROWS, downsample_ratio=0.5, tie_word_embeddings=False,
     )  # fmt: skip
     model = InternVLForConditionalGeneration(config)
     randomize(model)
+    # Sums over longer rows would amplify rounding from layer to layer.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and parameter.dim() > 1:
+                parameter.mul_((32 / language.hidden_size) ** 0.5)
     return model
 
 
@@ -83,6 +99,22 @@ def in_peft(name: str) -> str:
             name = name.replace(f"attention.{part}", f"attention.{part[0]}_proj")
         name = name.replace("attention.projection", "attention.projection_layer")
     return name
+
+
+def quantize_maps(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Replace the linear maps of the language model by what bitsandbytes makes of them."""
+    lora = recipe.lora
+    for linear in linear_maps(recipe.model):
+        if linear.part == "language_model":
+            for piece in linear.pieces:
+                weight = model.get_parameter(f"{in_peft(piece.name)}.weight").data
+                codes, state = quantize_4bit(
+                    weight.clone(),
+                    blocksize=lora.quantize_block_size,
+                    compress_statistics=lora.double_quant,
+                    quant_type="nf4",
+                )
+                weight.copy_(dequantize_4bit(codes, state))
 
 
 def peft_model(model: torch.nn.Module, recipe: Recipe) -> PeftModel:
@@ -154,11 +186,16 @@ def randomize_adapters(theirs: PeftModel) -> None:
 def run_beside(recipe: Recipe) -> tuple[Run, PeftModel, dict[str, Tensor]]:
     """Our run and PEFT's model, of the same weights; and these of the base, by our names."""
     run = open_run(recipe)
-    base = internvl()
+    base = internvl(recipe.model.language)
     weights = {name: value.clone() for name, value in base.state_dict().items()}
+    if recipe.lora.quantizes:
+        quantize_maps(base, recipe)
     theirs = peft_model(base, recipe)
     randomize_adapters(theirs)
     start = our_tensors(weights.__getitem__, recipe.model, whole=True)
-    copy_into(run.unwrapped_model, start | adapters_in(theirs, recipe))
+    tensors = start | adapters_in(theirs, recipe)
+    for names in unpacked_in_turn(run.unwrapped_model):
+        copy_into(run.unwrapped_model, {name: tensors.pop(name) for name in names})
+    copy_into(run.unwrapped_model, tensors)
     run.optimizer.reload_model_params()
     return run, theirs, start

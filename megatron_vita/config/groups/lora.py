@@ -11,6 +11,10 @@ from megatron_vita.config.parsing.fields import check_fields, described, require
 
 Part = Literal["vision_model", "projector", "language_model"]
 
+BaseQuantization = Literal["none", "nf4"]
+SCALES_AT_ONCE = 256
+"""Scales of 4-bit blocks that share a second scale, with double quantization by bitsandbytes."""
+
 LANGUAGE_MAPS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 Split = Literal["column", "row"]
@@ -61,14 +65,42 @@ class LoraConfig:
     load: str = described(
         "", "Checkpoint of adapters to start from; empty: new adapters.", needs=("rank",)
     )
+    quantize_base: BaseQuantization = described(
+        "none",
+        "Keep the frozen linear maps of the language model in 4 bits (QLoRA), by bitsandbytes: nf4; "
+        "none: in the type of all weights.",
+        needs=("rank",),
+    )
+    quantize_block_size: int = described(
+        64,
+        "Elements of a row that share a scale, a power of two.",
+        ge=32,
+        le=4096,
+        needs=("quantize_base=nf4",),
+    )
+    double_quant: bool = described(
+        False,
+        "Keep the scales of the 4-bit blocks in 8 bits, which saves 0.37 bits a parameter.",
+        needs=("quantize_base=nf4",),
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "lora.")
+        size = self.quantize_block_size
+        require(
+            size.bit_count() == 1,
+            f"lora.quantize_block_size is {size}: it must be a power of two, from 32 to 4096",
+        )
         require(
             not (self.dora and self.dropout),
             f"lora.dropout is {self.dropout:g}, but must be 0 with lora.dora, whose norms belong to "
             "the whole input",
         )
+
+    @property
+    def quantizes(self) -> bool:
+        """True if the base's linear maps are kept in 4 bits."""
+        return self.quantize_base != "none"
 
     @property
     def scale(self) -> float:

@@ -19,6 +19,7 @@ from megatron_vita.costs.memory.layer_memory import (
 )
 from megatron_vita.costs.memory.optimizer_memory import optimizer_bytes, optimizer_shards
 from megatron_vita.costs.memory.parameters import StageParameters, stage_parameters
+from megatron_vita.costs.memory.quantized import dense_bytes, weight_bytes
 from megatron_vita.costs.memory.schedule import most_kept
 from megatron_vita.costs.memory.vision_memory import vision_kept, vision_working
 from megatron_vita.rounding import ceil_div
@@ -116,7 +117,7 @@ def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
         ),
     ]
     return RankMemory(
-        weights=parameters.total * value_bytes(recipe),
+        weights=weight_bytes(recipe, stage),
         gradients=trained * kinds.gradient,
         optimizer=int(trained * kinds.state) // shards,
         highest=max(moments, key=lambda moment: moment.total),
@@ -144,7 +145,10 @@ def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) 
     activations = held(0)
     vision = held(tower) - activations
     yield Moment(
-        name="layer", activations=activations - tensors.hidden, vision=vision, temporary=working
+        name="layer",
+        activations=activations - tensors.hidden,
+        vision=vision,
+        temporary=working + dense_bytes(recipe),
     )
     if stage == parallel.pipeline_model_parallel_size - 1:
         temporary = _output_working(recipe, load.loss_tokens, tensors, parameters)

@@ -125,7 +125,7 @@ def _named_parameters(run: Run) -> dict[str, Tensor]:
     stage = ""
     if run.recipe.parallel.pipeline_model_parallel_size > 1:
         stage = f"stage {groups.pipeline_rank()}: "
-    return {f"{stage}{name}": parameter for name, parameter in run.named_parameters()}
+    return {f"{stage}{name}": tensor for name, tensor in run.named_weights()}
 
 
 def _name(names: list[str], copies: list[list[int]], ranks: list[int]) -> list[Divergence]:

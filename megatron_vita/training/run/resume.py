@@ -27,6 +27,9 @@ FIXED = (
     "lora.rslora",
     "lora.dora",
     "lora.targets",
+    "lora.quantize_base",
+    "lora.quantize_block_size",
+    "lora.double_quant",
 )
 
 
@@ -141,7 +144,8 @@ def check_length(
 
 
 def check_parts(saved: Recipe, now: Recipe) -> None:
-    """Check the fields that determine the optimizer's parameter groups and state layout (FIXED).
+    """Check the fields (FIXED) that determine the optimizer's parameter groups and state layout, or what
+    adapters are trained for.
 
     Raises:
         CheckpointError: one differs from the saved run.

@@ -26,6 +26,7 @@ from megatron_vita.data.loading.loader import start_fork_server
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.build import build_chunks, freeze_parts
+from megatron_vita.model.quantized import packed_tensors
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.rounding import ceil_div
@@ -138,12 +139,23 @@ class Run:
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield this rank's parameters by name, with the chunk where there are several."""
+        for prefix, model in self._named_models():
+            for name, parameter in model.named_parameters():
+                yield prefix + name, parameter
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield this rank's parameters, and the tensors of 4-bit weights, as `named_parameters`."""
+        yield from self.named_parameters()
+        for prefix, model in self._named_models():
+            for name, tensor in packed_tensors(model):
+                yield prefix + name, tensor
+
+    def _named_models(self) -> Iterator[tuple[str, VitaModel]]:
         for i, model in enumerate(self.unwrapped_models):
             prefix = ""
             if len(self.chunks) > 1:
                 prefix = f"chunk {i}: "
-            for name, parameter in model.named_parameters():
-                yield prefix + name, parameter
+            yield prefix, model
 
     @property
     def rows_per_tile(self) -> int:

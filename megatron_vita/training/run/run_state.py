@@ -152,11 +152,13 @@ def restore(run: "Run", resume: ResumePoint) -> None:
     """Resume from a checkpoint, or load the weights that the recipe starts from. Collective."""
     # Checkpoints of adapters leave out the weights beside them. A run that is taken back has them.
     needs_base = run.recipe.lora.rank > 0 and not run.base_stamp
+    stamp = base.BaseStamp() if needs_base else None
     if run.recipe.checkpoint.load and (needs_base or resume.checkpoint is None):
-        _start_from(run, store.find_checkpoint(run.recipe.checkpoint.load))
-    if needs_base:
-        state = store.model_state(run.unwrapped_models)
-        run.base_stamp = base.stamp_of(base.base_state(state))
+        _start_from(run, store.find_checkpoint(run.recipe.checkpoint.load), stamp)
+    elif stamp is not None:
+        _add_initial_weights(run, stamp)
+    if stamp is not None:
+        run.base_stamp = stamp.text()
     if resume.checkpoint is not None:
         _resume(run, resume, resume.checkpoint)
     elif run.recipe.lora.load:
@@ -209,7 +211,16 @@ def _load_adapters(run: "Run", checkpoint: Path) -> None:
     run.optimizer.reload_model_params()
 
 
-def _start_from(run: "Run", checkpoint: Path) -> None:
+def _add_initial_weights(run: "Run", stamp: base.BaseStamp) -> None:
+    """Add the initial weights of a base to its stamp."""
+    stamp.add(base.base_state(store.model_state(run.unwrapped_models)))
+    for model in run.unwrapped_models:
+        for part in model.initialize_quantized(run.recipe.training.seed):
+            stamp.add(part)
+
+
+def _start_from(run: "Run", checkpoint: Path, stamp: base.BaseStamp | None) -> None:
+    """Load weights, and add those of a base to its stamp."""
     logger.info("loading weights of %s", checkpoint)
     saved = store.recipe_of(checkpoint)
     # A stage of longer packs raises the base. Not so beside adapters, which are served and merged
@@ -220,7 +231,8 @@ def _start_from(run: "Run", checkpoint: Path) -> None:
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model, may_differ=may_differ)
     if changes := list(_rotary_changes(saved, run.recipe)):
         logger.info("positions other than in %s: %s", checkpoint, "; ".join(changes))
-    store.load_weights(run.unwrapped_models, checkpoint, with_adapters=False)
+    on_part = None if stamp is None else stamp.add
+    store.load_weights(run.unwrapped_models, checkpoint, with_adapters=False, on_part=on_part)
     # Its fp32 copies were made of the initial weights.
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)
