@@ -3,33 +3,27 @@
 from collections.abc import Iterator
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.flops import attention_flops, linear_flops, output_flops, tile_flops
+from megatron_vita.costs.flops import training_flops
 from megatron_vita.costs.memory.memory import PackLoad
 
 
 def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[int]:
     """Count each pipeline stage's FLOPs for a pack like `load` with documents of `lengths` tokens.
 
-    Forward and backward; a frozen tower has no backward.
+    As `training_flops`, with the padding of the pack.
     """
     counts = recipe.parallel.layers_of_stages(recipe.model.language.num_layers)
     return _loads(recipe, load, lengths=lengths, counts=counts)
 
 
 def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[int]) -> list[int]:
-    language = recipe.model.language
-    segments = [recipe.data.seq_length]
-    if recipe.data.isolate_documents:
-        segments = lengths
-    all_layers = linear_flops(language, recipe.data.seq_length)
-    all_layers += attention_flops(language, segments)
-    loads = [3 * all_layers * count // language.num_layers for count in counts]
-    if not recipe.model.text_only:
-        passes = 3
-        if recipe.training.freeze_vision_model:
-            passes = 1
-        loads[0] += passes * load.tiles * tile_flops(recipe.model)
-    loads[-1] += 3 * output_flops(language, load.loss_tokens)
+    parts = training_flops(recipe, lengths, tiles=load.tiles, loss_tokens=load.loss_tokens)
+    # Linear maps take the padding too, which attention does not.
+    linear = parts.linear * recipe.data.seq_length // max(sum(lengths), 1)
+    all_layers = linear + parts.attention
+    loads = [all_layers * count // recipe.model.language.num_layers for count in counts]
+    loads[0] += parts.vision
+    loads[-1] += parts.output
     return loads
 
 

@@ -30,7 +30,7 @@ def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
         _stages(recipe, report),
         _memory(recipe, report, ranks_per_node),
         _time(report.prediction),
-        _packs(report),
+        _packs(recipe, report),
         _balance(recipe, report),
     )
     return "\n\n".join("\n".join(section) for section in map(list, sections) if section)
@@ -146,9 +146,9 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 
-def _packs(report: DryRun) -> Iterator[str]:
+def _packs(recipe: Recipe, report: DryRun) -> Iterator[str]:
     if not report.packs:
-        yield "packs: not read; taken to be full of tiles, with every eighth token a loss token"
+        yield f"packs: not read; taken to be {_assumed(recipe)}"
         return
     yield "next packs, least to most over the ranks that share them:"
     rows: list[Row] = [
@@ -165,6 +165,14 @@ def _packs(report: DryRun) -> Iterator[str]:
     ]
     rows += [_pack(pack) for pack in report.packs]
     yield from align(rows)
+
+
+def _assumed(recipe: Recipe) -> str:
+    """Describe the content of `full_pack`."""
+    document = "one pair" if recipe.dpo.beta else "one document"
+    if recipe.model.text_only:
+        return f"{document} of loss tokens alone"
+    return f"{document} full of tiles, with every eighth token a loss token"
 
 
 def _pack(pack: PackReport) -> Row:

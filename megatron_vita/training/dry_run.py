@@ -89,7 +89,7 @@ def dry_run(
     Args:
         recipe: the recipe of the run.
         world_size: ranks of the run.
-        with_data: read the plan; else packs are assumed full of tiles, an eighth loss tokens.
+        with_data: read the plan; else packs are assumed to be as `full_pack`.
         device: name of the GPU for which the step time is predicted; empty for none.
         ranks_per_node: ranks of a node.
 
@@ -162,7 +162,8 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
 def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[int]]:
     """Return the most tiles and loss tokens of the packs read, and the first one's segments."""
     if not packs:
-        return full_pack(recipe), [recipe.data.seq_length]
+        assumed = full_pack(recipe)
+        return assumed, list(assumed.lengths)
     loads = [pack.load for pack in packs]
     heaviest = PackLoad(
         tiles=max(load.tiles for load in loads), loss_tokens=max(load.loss_tokens for load in loads)

@@ -8,17 +8,28 @@ import pytest
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.costs.devices import H100
 from megatron_vita.costs.fitting import GIB, Room, fit_memory
-from megatron_vita.costs.flops import pack_flops, training_flops
+from megatron_vita.costs.flops import (
+    attention_flops,
+    linear_flops,
+    output_flops,
+    pack_flops,
+    tile_flops,
+    training_flops,
+)
 from megatron_vita.costs.memory.adapters import part_adapters, stage_adapters, whole_adapters
 from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.memory.host_memory import host_memory
 from megatron_vita.costs.memory.layer_memory import layer_tensors
-from megatron_vita.costs.memory.memory import full_pack, rank_memory
+from megatron_vita.costs.memory.memory import PackLoad, full_pack, rank_memory
 from megatron_vita.costs.memory.parameters import (
     model_parameters,
     stage_parameters,
     trained_parameters,
 )
+from megatron_vita.costs.memory.quantized import weight_bytes
+from megatron_vita.costs.stages import stage_flops
+from megatron_vita.costs.step_time import step_time
+from megatron_vita.training.dry_report import describe
 from megatron_vita.training.dry_run import dry_run
 from tests.costs.measured import QWEN_7B
 from tests.forked import run_program
@@ -149,6 +160,22 @@ def test_the_reference_of_preferences_adds_a_forward_pass_and_the_waiting_packs(
     assert devices[0] == devices[1]
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_stages_share_the_work_of_what_is_trained_and_of_the_reference(beta: float) -> None:
+    stages = {"parallel.pipeline_model_parallel_size": 4}
+    recipe = adapted(training__freeze_projector=True).replaced(stages | {"dpo.beta": beta})
+    language = recipe.model.language
+    load = PackLoad(tiles=3, loss_tokens=100)
+    lengths = [2048, 1024]
+    linear = (2 + (beta > 0)) * linear_flops(language, recipe.data.seq_length)
+    layers = linear + (3 + (beta > 0)) * attention_flops(language, lengths)
+    first, *inner, last = stage_flops(recipe, load, lengths=lengths)
+    assert inner == [layers // 4] * 2
+    # Nothing is trained before the language model.
+    assert first == layers // 4 + (1 + (beta > 0)) * 3 * tile_flops(recipe.model)
+    assert last == layers // 4 + (2 + (beta > 0)) * output_flops(language, 100)
+
+
 def test_the_fragment_for_preferences_freezes_the_reference(tmp_path: Path) -> None:
     names = [str(EXAMPLES / name) for name in ("stages/stage3.yaml", "models/7b.yaml", "dpo.yaml")]
     (tmp_path / "own.yaml").write_text(f"base: {json.dumps(names)}\n")
@@ -170,7 +197,56 @@ def test_dora_has_a_norm_for_each_row_and_keeps_the_outputs() -> None:
     assert kept[0] - kept[1] == 2 * tokens * outputs
 
 
-@pytest.mark.parametrize("kind", [{}, {"lora__dora": True, "lora__targets": ["*"]}])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_4_bit_maps_of_qwen_7b_take_half_a_byte_and_their_scales(
+    tp: int, double_quant: bool
+) -> None:
+    plain = adapted(parallel__tensor_model_parallel_size=tp)
+    packed = plain.replaced({"lora.quantize_base": "nf4", "lora.double_quant": double_quant})
+    attention = (3584 + 2 * 512) * 3584 + 3584 * 3584
+    elements = 28 * (attention + 3 * 18944 * 3584) // tp
+    scales = elements // 64
+    if double_quant:
+        rows = 28 * ((3584 + 2 * 512) // tp + 3584 + 2 * 18944 // tp + 3584)
+        scales = scales // 4 + tp * elements // 64 // 256 + 2 * rows
+    saved = 2 * elements - elements // 2 - 4 * scales
+    load = full_pack(plain)
+    before, after = (rank_memory(each, 0, data_parallel=1, load=load) for each in (plain, packed))
+    assert before.weights - after.weights == saved
+    assert (after.gradients, after.optimizer) == (before.gradients, before.optimizer)
+    # The largest map, of gate and up, is in bf16 while it is multiplied.
+    assert after.highest.total <= before.highest.total + 2 * 2 * 18944 * 3584 // tp
+    assert weight_bytes(plain, 0) == before.weights
+
+
+def test_4_bit_maps_lie_on_the_stages_of_their_layers() -> None:
+    stages = {"parallel__pipeline_model_parallel_size": 2, "lora__quantize_base": "nf4"}
+    recipe = adapted(**stages)
+    whole = adapted(lora__quantize_base="nf4")
+    assert sum(weight_bytes(recipe, stage) for stage in range(2)) == weight_bytes(whole, 0)
+
+
+def test_each_product_computes_its_4_bit_weights() -> None:
+    load = full_pack(adapted())
+    times = [
+        step_time(adapted(**fields), H100, data_parallel=1, load=load).elementwise
+        for fields in ({}, {"lora__quantize_base": "nf4"})
+    ]
+    elements = 28 * ((3584 + 2 * 512) * 3584 + 3584 * 3584 + 3 * 18944 * 3584)
+    packs = adapted().training.global_batch_size
+    per_pass = packs * elements * (2 + 4.5 / 8) / H100.bandwidth
+    assert 2 * per_pass <= 1.01 * (times[1] - times[0]) <= 4 * per_pass
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"lora__dora": True, "lora__targets": ["*"]},
+        {"lora__quantize_base": "nf4"},
+        {"dpo__beta": 0.1},
+    ],
+)
 def test_a_dry_run_builds_the_adapters_that_it_counts(kind: dict[str, object]) -> None:
     # In a process of its own: a dry run makes a world.
     name = check_adapters_of_a_dry_run.__name__
@@ -191,3 +267,11 @@ def check_adapters_of_a_dry_run(kind: dict[str, object]) -> None:
     counts = [stage.parameters.adapters for stage in report.stages]
     assert counts == [stage_adapters(recipe, stage) for stage in range(2)]
     assert min(counts) > 0
+    lengths = (2048, 2048) if recipe.dpo.beta else (4096,)
+    load = full_pack(recipe)
+    flops = training_flops(recipe, lengths, tiles=load.tiles, loss_tokens=load.loss_tokens).total
+    packs = recipe.training.global_batch_size
+    assert report.prediction.flops == packs * flops
+    assert sum(stage.flops for stage in report.stages) == pytest.approx(flops, rel=1e-9)
+    assumed = "one pair full of tiles" if recipe.dpo.beta else "one document full of tiles"
+    assert f"packs: not read; taken to be {assumed}" in describe(recipe, report, ranks_per_node=8)

@@ -46,13 +46,16 @@ def full_pack(recipe: Recipe) -> PackLoad:
     """Return the most expensive pack of a recipe: one document, full of tiles, an eighth loss
     tokens.
 
-    Of text alone: all tokens are loss tokens.
+    Of text alone: all tokens are loss tokens. Of pairs: the conversations of one pair.
     """
     length = recipe.data.seq_length
+    lengths: tuple[int, ...] = (length,)
+    if recipe.dpo.beta:
+        lengths = (ceil_div(length, 2), length // 2)
     if recipe.model.text_only:
-        return PackLoad(tiles=0, loss_tokens=length, lengths=(length,))
+        return PackLoad(tiles=0, loss_tokens=length, lengths=lengths)
     tiles = length // (recipe.model.vision.image_token_length + 2)
-    return PackLoad(tiles=tiles, loss_tokens=length // 8, lengths=(length,))
+    return PackLoad(tiles=tiles, loss_tokens=length // 8, lengths=lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
