@@ -24,7 +24,7 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.files import write_json_lines
+from megatron_vita.files import remove_abandoned, write_json_lines
 from megatron_vita.sizes import counted
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import load_tokenizer
@@ -72,6 +72,9 @@ def index_shards(
     with progress_bar("index", total=len(stale), unit="shards") as bar:
         for _ in run_tasks(_index_shard, tasks, options=options):
             bar.update()
+    for shard in shards:
+        remove_abandoned(index_path(shard, text))
+        remove_abandoned(quarantine_path(shard))
     left_out = sum(len(read_quarantine(shard).entries) for shard in shards)
     return IndexCount(
         written=len(stale),

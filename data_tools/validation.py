@@ -25,6 +25,7 @@ from megatron_vita.data.shards.index_build import (
 from megatron_vita.data.shards.quarantine import (
     Entry,
     Quarantine,
+    quarantine_path,
     read_quarantine,
     write_quarantine,
 )
@@ -32,6 +33,7 @@ from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
 from megatron_vita.data.shards.tar import ScannedSample
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import remove_abandoned
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
@@ -115,6 +117,8 @@ def validate_shards(targets: Sequence[ValidateTask], *, options: WorkerOptions) 
     with progress_bar("validate", total=size, unit="B") as bar:
         for _ in run_tasks(_validate_shard, tasks, options=options, on_advance=bar.update):
             pass
+    for target in targets:
+        remove_abandoned(quarantine_path(target.shard))
     lists = {target.shard: read_quarantine(target.shard) for target in targets}
     samples = sum(_samples(shard, found) for shard, found in lists.items())
     # By key, since `index` and `validate` may both list a sample.

@@ -32,7 +32,7 @@ def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     lock: AbstractContextManager[None] = nullcontext()
     if concurrent:
-        _remove_abandoned(path)
+        remove_abandoned(path)
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         lock = _locked(partial)
     try:
@@ -68,8 +68,12 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return False
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files of killed writers, whose locks have ended with them."""
+def remove_abandoned(path: Path) -> None:
+    """Remove temporary files of a path's killed writers, whose locks have ended with them.
+
+    `atomic_write(path, concurrent=True)` does so first; a caller that finds the file complete and
+    writes nothing does it here.
+    """
     for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         with suppress(OSError), open(partial, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

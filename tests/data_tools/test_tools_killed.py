@@ -6,8 +6,10 @@ import random
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_tools.cli import main
@@ -108,8 +110,13 @@ def kill(name: str, root: Path, *, at: int, pause: float) -> None:
     while process.poll() is None and len(finished(name, root)) < at:
         time.sleep(0.002)
     time.sleep(pause)
+    # Its workers notice its death a little later.
+    workers = []
+    with suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def moments(path: Path) -> int:
@@ -163,3 +170,21 @@ def test_a_killed_command_run_again_ends_as_an_undisturbed_one(tmp_path: Path, n
             if (root / path).exists()
         )
         assert not [path for path in root.rglob("*") if path.suffix in (".partial", ".parts")]
+
+
+@pytest.mark.parametrize(("name", "target"), [
+    ("index", "toy-000005.quarantine.json"),
+    ("index", "toy-000006.{stamp}.index.parquet"),
+    ("validate", "toy-000007.quarantine.json"),
+])  # fmt: skip
+def test_a_temporary_file_beside_a_finished_one_is_removed(
+    tmp_path: Path, name: str, target: str
+) -> None:
+    prepare(name, tmp_path)
+    code = main(command(name, tmp_path))
+    finished_files = files(tmp_path)
+    stamps = [path.name.split(".")[1] for path in tmp_path.rglob("*.index.parquet")]
+    partial = f"{target.format(stamp=stamps[0] if stamps else '')}.0123abcd.partial"
+    (tmp_path / "made/toy" / partial).write_text("half")
+    assert main(command(name, tmp_path)) == code
+    assert files(tmp_path) == finished_files
