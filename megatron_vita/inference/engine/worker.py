@@ -109,8 +109,8 @@ class Worker:
             for length in LENGTHS:
                 # Zigzag over CP needs two equal pieces per rank.
                 if length % (2 * groups.context_group().size()) == 0:
-                    self.prefill_graphs.record(length)
-            self.decoder.record(1)
+                    self.prefill_graphs.record(length, is_adapted=False)
+            self.decoder.record(1, is_adapted=False)
             self.features.warm_up()
 
     def _compile_attention(self) -> None:
@@ -195,7 +195,8 @@ class Worker:
                 hidden, places=places, slots=slots, adapters=self._adapter_rows(pack)
             )
         else:
-            self.adapters.rows = self._adapter_rows(pack).to(platform.device())
+            rows = self._adapter_rows(pack)
+            self.adapters.begin(rows.to(platform.device()), is_used=bool(rows.any()))
             hidden = model.run_layers(hidden, attention=self._attention(pack))
         for piece in pieces:
             if piece.ends_prompt:

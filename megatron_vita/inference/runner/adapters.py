@@ -2,7 +2,7 @@
 
 The matrices of all adapters of a linear map are laid side by side: A x has a few columns for each
 adapter, and each row of the batch keeps those of its own. So a batch may mix adapters freely, and
-CUDA graphs need know nothing of which row has which.
+CUDA graphs need know nothing of which row has which, only whether any row has one.
 """
 
 import functools
@@ -33,8 +33,30 @@ class ServedAdapters:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        # [t], on the device: set before each forward pass of t rows.
-        self.rows: Tensor = torch.empty(0, dtype=torch.int64)
+        self.is_used = False
+        self._rows: Tensor = torch.empty(0, dtype=torch.int64)
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def begin(self, rows: Tensor, *, is_used: bool) -> None:
+        """Begin a forward pass.
+
+        Args:
+            rows: [t], on the device: the number of each row's adapter.
+            is_used: whether any row of any rank has an adapter; false: no map computes updates.
+        """
+        self.is_used = is_used
+        self._rows = rows
+        self._masks = {}
+
+    def mask(self, owner: Tensor, *, key: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return 1 where a column is of the row's adapter, else 0: [t, columns].
+
+        `key` is `owner` [columns] on the host. Maps whose columns have the same owners share a
+        mask, since launching kernels is most of an update's time.
+        """
+        if key not in self._masks:
+            self._masks[key] = (self._rows[:, None] == owner).to(dtype)
+        return self._masks[key]
 
     def number_of(self, name: str) -> int:
         """Return the number of an adapter; that of the base for an empty name.
@@ -68,14 +90,18 @@ class StackedAdapter(nn.Module):
         owner = [torch.full((len(x.a),), number) for number, x in adapters.items()]
         for name, parts, axis in (("a", a, 0), ("b", b, 1), ("owner", owner, 0)):
             self.register_buffer(name, torch.cat(parts, dim=axis), persistent=False)
+        self._key = tuple(self.owner.tolist())
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """Add the updates of each row's adapter to the map's output: [t, 1, in], [t, 1, out]."""
+        """Add the updates of each row's adapter to the map's output, in place: [t, 1, in], [t, 1,
+        out]."""
+        if not self._served.is_used:
+            return output
         hidden = self._reduce(F.linear(x, self.a)).flatten(0, -2)
         # Columns of other adapters become zero, so that one product serves rows of all.
-        own = self._served.rows[:, None] == self.owner  # [t, columns]
-        updated = torch.addmm(output.flatten(0, -2), hidden * own, self.b.t())
-        return updated.view(*output.shape)
+        hidden = hidden * self._served.mask(self.owner, key=self._key, dtype=hidden.dtype)
+        output.view(-1, output.shape[-1]).addmm_(hidden, self.b.t())
+        return output
 
 
 def load_adapters(model: VitaModel, recipe: Recipe, folders: Mapping[str, Path]) -> ServedAdapters:

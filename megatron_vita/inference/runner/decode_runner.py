@@ -30,7 +30,8 @@ class DecodeBuffers:
         self.tables = torch.zeros(size, blocks, dtype=torch.int32, device=device)
         # which sequence's table a row has, and how much of it
         self.shown: list[tuple[int, int]] = [(-1, 0)] * size
-        self.graph: Graph | None = None
+        # by whether any row has an adapter
+        self.graphs: dict[bool, Graph] = {}
 
     def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
         """Update the block table of a row."""
@@ -88,16 +89,21 @@ class DecodeRunner:
         # One pinned copy for all inputs of a step.
         batch.host.copy_(torch.tensor(inputs).T)
         batch.device.copy_(batch.host, non_blocking=True)
+        is_adapted = any(sequence in adapters for sequence, _, _ in rows)
         if self.graphs is None:
-            return self._forward(batch)[: len(rows)]
-        return self.record(len(rows)).launch()[: len(rows)]
+            return self._forward(batch, is_adapted=is_adapted)[: len(rows)]
+        return self.record(len(rows), is_adapted=is_adapted).launch()[: len(rows)]
 
-    def record(self, rows: int) -> Graph:
-        """The graph for a number of rows, recorded if it does not exist yet. Collective."""
+    def record(self, rows: int, *, is_adapted: bool) -> Graph:
+        """Return the graph for a number of rows, with or without adapters; it is recorded if it
+        does not exist yet. Collective."""
         assert self.graphs is not None, "this decoder works without graphs"
         batch = self._batch_for(rows)
-        batch.graph = batch.graph or self.graphs.record(lambda: self._forward(batch))
-        return batch.graph
+        if is_adapted not in batch.graphs:
+            batch.graphs[is_adapted] = self.graphs.record(
+                lambda: self._forward(batch, is_adapted=is_adapted)
+            )
+        return batch.graphs[is_adapted]
 
     def forget(self, sequence: int) -> None:
         """Drop the buffered block table of a sequence that has new blocks or has ended."""
@@ -111,9 +117,9 @@ class DecodeRunner:
             self._batches[size] = DecodeBuffers(size, blocks=self.max_blocks)
         return self._batches[size]
 
-    def _forward(self, batch: DecodeBuffers) -> Tensor:
+    def _forward(self, batch: DecodeBuffers, *, is_adapted: bool) -> Tensor:
         ids, positions, slots, lengths, adapters = batch.device
-        self.adapters.rows = adapters
+        self.adapters.begin(adapters, is_used=is_adapted)
         attention = DecodeAttention(
             cache=self.cache,
             rotation=Rotation.at(

@@ -37,8 +37,9 @@ class PrefillGraphs:
         self.cache = cache
         self.graphs = graphs
         self.adapters = adapters
-        # embeddings, slots, numbers of adapters, graph
-        self._graphs: dict[int, tuple[Tensor, Tensor, Tensor, Graph]] = {}
+        # by length, and by whether the prompt has an adapter: embeddings, slots, numbers of
+        # adapters, graph
+        self._graphs: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor, Graph]] = {}
 
     def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor, adapters: Tensor) -> Tensor:
         """Last hidden states of embeddings [t, 1, H]: this rank's rows of a prompt of one of
@@ -48,9 +49,11 @@ class PrefillGraphs:
         numbers of the rows' adapters.
         """
         length = len(hidden) * groups.context_group().size()
-        if length not in self._graphs:
-            self.record(length)
-        embeddings, all_slots, numbers, graph = self._graphs[length]
+        # The same on all ranks: all rows are of one prompt, padding too.
+        is_adapted = bool(adapters.any())
+        if (length, is_adapted) not in self._graphs:
+            self.record(length, is_adapted=is_adapted)
+        embeddings, all_slots, numbers, graph = self._graphs[length, is_adapted]
         embeddings.copy_(hidden)
         numbers.copy_(adapters)
         # The graph stores every row; padding and other ranks' rows go to the scratch block.
@@ -59,8 +62,8 @@ class PrefillGraphs:
         all_slots.copy_(everywhere)
         return graph.launch()
 
-    def record(self, length: int) -> None:
-        """Record the graph of a length. Collective."""
+    def record(self, length: int, *, is_adapted: bool) -> None:
+        """Record the graph of a length, with or without adapters. Collective."""
         device = platform.device()
         ranks = groups.context_group().size()
         rank = groups.context_group().rank()
@@ -91,7 +94,12 @@ class PrefillGraphs:
         numbers = torch.zeros(length // ranks, dtype=torch.int64, device=device)
 
         def run_layers() -> Tensor:
-            self.adapters.rows = numbers
+            self.adapters.begin(numbers, is_used=is_adapted)
             return self.model.run_layers(embeddings, attention=attention)
 
-        self._graphs[length] = (embeddings, slots, numbers, self.graphs.record(run_layers))
+        self._graphs[length, is_adapted] = (
+            embeddings,
+            slots,
+            numbers,
+            self.graphs.record(run_layers),
+        )
