@@ -6,19 +6,19 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.changes import as_overrides, differences
 from megatron_vita.costs.devices import Device
 from megatron_vita.costs.fitting import LEANEST, LEVERS, Room
-from megatron_vita.costs.memory.memory import GIB
+from megatron_vita.costs.memory.memory import GIB, describe_full_pack
 from megatron_vita.costs.suggest import Suggestion, Suggestions
 from megatron_vita.costs.tables import align
 
 
 def describe_suggestions(
-    found: Suggestions, *, world_size: int, device: Device, room: Room
+    found: Suggestions, *, recipe: Recipe, world_size: int, device: Device, room: Room
 ) -> Iterator[str]:
     """Yield the lines of a table, the best layout as overrides, and the numbers of rejected
     layouts."""
     yield (
         f"{world_size} x {device.name} with {room.device / GIB:.1f} GiB, {room.host / GIB:.0f} GiB "
-        "of the host for each; packs full of tiles, of one document; fastest first:"
+        f"of the host for each; packs are {describe_full_pack(recipe)}; fastest first:"
     )
     header = ("TP", "CP", "PP", "DP", "s a step", "tokens/s/GPU", "TFLOP/s/GPU")
     rows: list[tuple[str, ...]] = [(*header, "device GiB", "host GiB", "levers")]

@@ -52,7 +52,9 @@ def _print_suggestions(
     found = suggest(
         recipe, room, world_size=world_size, device=device, ranks_per_node=options.ranks_per_node
     )
-    lines = describe_suggestions(found, world_size=world_size, device=device, room=room)
+    lines = describe_suggestions(
+        found, recipe=recipe, world_size=world_size, device=device, room=room
+    )
     sys.stdout.write("\n".join(lines) + "\n")
     if not found.best:
         raise ConfigError(

@@ -9,7 +9,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.devices import DEVICES, Device
 from megatron_vita.costs.fitting import Room
 from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
-from megatron_vita.costs.memory.memory import GIB
+from megatron_vita.costs.memory.memory import GIB, describe_full_pack
 from megatron_vita.costs.memory.parameters import model_parameters
 from megatron_vita.costs.prediction import Prediction
 from megatron_vita.costs.remedies import find_remedies, name_remedies
@@ -148,7 +148,7 @@ def _gib(size: int) -> str:
 
 def _packs(recipe: Recipe, report: DryRun) -> Iterator[str]:
     if not report.packs:
-        yield f"packs: not read; taken to be {_assumed(recipe)}"
+        yield f"packs: not read; taken to be {describe_full_pack(recipe)}"
         return
     yield "next packs, least to most over the ranks that share them:"
     rows: list[Row] = [
@@ -165,14 +165,6 @@ def _packs(recipe: Recipe, report: DryRun) -> Iterator[str]:
     ]
     rows += [_pack(pack) for pack in report.packs]
     yield from align(rows)
-
-
-def _assumed(recipe: Recipe) -> str:
-    """Describe the content of `full_pack`."""
-    document = "one pair" if recipe.dpo.beta else "one document"
-    if recipe.model.text_only:
-        return f"{document} of loss tokens alone"
-    return f"{document} full of tiles, with every eighth token a loss token"
 
 
 def _pack(pack: PackReport) -> Row:

@@ -20,7 +20,12 @@ from megatron_vita.costs.memory.adapters import part_adapters, stage_adapters, w
 from megatron_vita.costs.memory.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.memory.host_memory import host_memory
 from megatron_vita.costs.memory.layer_memory import layer_tensors
-from megatron_vita.costs.memory.memory import PackLoad, full_pack, rank_memory
+from megatron_vita.costs.memory.memory import (
+    PackLoad,
+    describe_full_pack,
+    full_pack,
+    rank_memory,
+)
 from megatron_vita.costs.memory.parameters import (
     model_parameters,
     stage_parameters,
@@ -158,6 +163,25 @@ def test_the_reference_of_preferences_adds_a_forward_pass_and_the_waiting_packs(
         rank_memory(each, 0, data_parallel=2, load=full_pack(recipe)) for each in (recipe, lora)
     ]
     assert devices[0] == devices[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "content"),
+    [
+        ({}, "one document full of tiles, with every eighth token a loss token"),
+        ({"dpo.beta": 0.1}, "one pair full of tiles, with every eighth token a loss token"),
+        ({"model.text_only": True}, "one document of loss tokens alone"),
+        ({"model.text_only": True, "dpo.beta": 0.1}, "one pair of loss tokens alone"),
+    ],
+)
+def test_the_pack_that_stands_for_all_is_told_as_it_is(
+    changes: dict[str, object], content: str
+) -> None:
+    recipe = adapted(training__freeze_projector=True, data__seq_length=1008).replaced(changes)
+    assert describe_full_pack(recipe) == content
+    load = full_pack(recipe)
+    assert load.lengths == ((504, 504) if recipe.dpo.beta else (1008,))
+    assert (load.tiles == 0) == (load.loss_tokens == 1008) == recipe.model.text_only
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

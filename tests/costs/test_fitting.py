@@ -202,7 +202,8 @@ def test_a_leaner_optimizer_is_suggested_only_where_nothing_else_fits() -> None:
     batch = recipe_of(32).replaced({"training.global_batch_size": 8})
     eight = suggest(batch, room_of(79.2), world_size=8, device=H100, ranks_per_node=8)
     assert not any("optimizer.exp_avg_dtype" in suggestion.changes for suggestion in eight.best)
-    text = "\n".join(describe_suggestions(two, world_size=2, device=H100, room=room_of(79.2)))
+    told = {"world_size": 2, "device": H100, "room": room_of(79.2)}
+    text = "\n".join(describe_suggestions(two, recipe=recipe_of(32), **told))
     assert "exp_avg_dtype=bf16" in text
 
 
@@ -217,7 +218,10 @@ def test_layouts_are_suggested_fastest_first_and_all_fit() -> None:
         assert suggestion.need.fits(room)
         assert suggestion.recipe == recipe.replaced(suggestion.changes)
         assert suggestion.recipe.parallel.replica_size <= 8
-    text = "\n".join(describe_suggestions(found, world_size=8, device=H100, room=room))
+    text = "\n".join(
+        describe_suggestions(found, recipe=recipe, world_size=8, device=H100, room=room)
+    )
+    assert "packs are one document full of tiles, with every eighth token a loss token" in text
     assert f"the first: {as_overrides(found.best[0].changes)}" in text
     assert "28 layers do not divide over 8 pipeline stages" in text
     small = suggest(recipe, room_of(45), world_size=8, device=H100, ranks_per_node=8)

@@ -41,6 +41,7 @@ MORE = [
     ("pp2", "cp2", "uniform", "replicated_overlapped"),
     ("tp2", "pp2first3", "full"),
     ("pp2vpp2", "uniform", "tied"),
+    ("pp2first1", "dp2", "overlapped"),
 ]
 LAYOUTS = [
     layout

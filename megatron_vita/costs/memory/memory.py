@@ -58,6 +58,14 @@ def full_pack(recipe: Recipe) -> PackLoad:
     return PackLoad(tiles=tiles, loss_tokens=length // 8, lengths=lengths)
 
 
+def describe_full_pack(recipe: Recipe) -> str:
+    """Describe the content of `full_pack`."""
+    content = "one pair" if recipe.dpo.beta else "one document"
+    if recipe.model.text_only:
+        return f"{content} of loss tokens alone"
+    return f"{content} full of tiles, with every eighth token a loss token"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moment:
     """A point of a step at which memory may peak; bytes beside weights, gradients and optimizer."""
