@@ -11,7 +11,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from megatron_vita import platform
-from megatron_vita.config import LinearMap, Recipe, linear_maps
+from megatron_vita.config import LinearMap, linear_maps
 from megatron_vita.costs.memory.quantized import packed_bytes
 from megatron_vita.errors import PlatformError
 from megatron_vita.model.lora import row_owners
@@ -33,7 +33,11 @@ def open_run(**fields: object) -> Run:
     return assemble_run(recipe)
 
 
-def maps_of_a_layer(recipe: Recipe) -> list[LinearMap]:
+def maps_of_a_layer() -> list[LinearMap]:
+    """Maps of which some rows have scales with two second scales, on each of two ranks too."""
+    platform.initialize_process()
+    recipe = tiny_recipe(hidden_size=192, kv_channels=48, ffn_hidden_size=384)
+    groups.initialize_groups(recipe.parallel)
     return [each for each in linear_maps(recipe.model) if each.layer == 0]
 
 
@@ -47,8 +51,7 @@ def random_weight(linear: LinearMap) -> Tensor:
 def test_each_single_map_has_the_values_of_bitsandbytes(
     double_quant: bool, dtype: torch.dtype
 ) -> None:
-    run = open_run()
-    for linear in maps_of_a_layer(run.recipe):
+    for linear in maps_of_a_layer():
         weight = random_weight(linear).to(dtype)
         packing = Packing(
             linear=linear, block_size=32, double_quant=double_quant, group=groups.tensor_group()
@@ -80,8 +83,7 @@ class RankOfTwo:
 def test_a_shard_has_the_values_of_the_whole_weight(
     double_quant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = open_run()
-    for linear in maps_of_a_layer(run.recipe):
+    for linear in maps_of_a_layer():
         weight = random_weight(linear)
         alone = Packing(
             linear=linear, block_size=32, double_quant=double_quant, group=groups.tensor_group()
