@@ -14,9 +14,10 @@ MARKS = ("<!-- records: written by benchmarks/records.py -->\n", "<!-- end of re
 
 
 def training_results(folder: Path = BASELINES) -> list[dict[str, Any]]:
-    """Completed training steps, by model, length and date."""
+    """Completed training steps of megatron_vita, by model, length and date; no peer's."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    steps = [result for result in found if result.get("status") == "complete"]
+    complete = [result for result in found if result.get("status") == "complete"]
+    steps = [result for result in complete if not result["options"]["peer"]]
     return sorted(steps, key=lambda result: (result["model"], result["tokens"], result["date"]))
 
 
