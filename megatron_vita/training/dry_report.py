@@ -18,7 +18,12 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.rounding import ceil_div
 from megatron_vita.sizes import readable_bytes
 from megatron_vita.training.dry_run import DryRun, PackReport
-from megatron_vita.training.metrics.wording import count, describe_layout, describe_named_layout
+from megatron_vita.training.metrics.wording import (
+    count,
+    describe_layout,
+    describe_named_layout,
+    describe_quantization,
+)
 
 Row = Sequence[str]
 
@@ -80,6 +85,8 @@ def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
             )
         )
     yield from align(rows)
+    if quantized := describe_quantization(recipe):
+        yield f"of the layers' parameters, {quantized}"
 
 
 def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:

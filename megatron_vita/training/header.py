@@ -20,7 +20,12 @@ from megatron_vita.costs.memory.parameters import (
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.sizes import readable_bytes
 from megatron_vita.training.metrics.environment import describe_environment
-from megatron_vita.training.metrics.wording import count, describe_layout, describe_levers
+from megatron_vita.training.metrics.wording import (
+    count,
+    describe_layout,
+    describe_levers,
+    describe_quantization,
+)
 from megatron_vita.training.run.run import Run
 
 
@@ -102,9 +107,12 @@ def _parameters(recipe: Recipe) -> str:
     trained = trained_parameters(recipe)
     stages = range(recipe.parallel.pipeline_model_parallel_size)
     most = max(stage_parameters(recipe, stage).total for stage in stages)
+    frozen = count(whole - trained)
+    if quantized := describe_quantization(recipe):
+        frozen += f" with {quantized}"
     return (
-        f"parameters: {count(whole)}, trained {count(trained)}, frozen {count(whole - trained)}; "
-        f"at most {count(most)} on a rank"
+        f"parameters: {count(whole)}, trained {count(trained)}, frozen {frozen}; at most "
+        f"{count(most)} on a rank"
     )
 
 

@@ -36,6 +36,7 @@ from megatron_vita.costs.stages import stage_flops
 from megatron_vita.costs.step_time import step_time
 from megatron_vita.training.dry_report import describe
 from megatron_vita.training.dry_run import dry_run
+from megatron_vita.training.metrics.wording import describe_quantization
 from tests.costs.measured import QWEN_7B
 from tests.forked import run_program
 
@@ -244,6 +245,15 @@ def test_4_bit_maps_of_qwen_7b_take_half_a_byte_and_their_scales(
     assert weight_bytes(plain, 0) == before.weights
 
 
+def test_the_log_tells_how_many_parameters_are_in_4_bits() -> None:
+    """Of Qwen2.5-7B's 7.62 B, 6.53 B are in linear maps of layers."""
+    plain = adapted()
+    assert describe_quantization(plain) == ""
+    fields = {"lora.quantize_base": "nf4", "lora.double_quant": True}
+    told = "6.53 B in 4 bits (nf4, blocks of 64, scales in 8 bits)"
+    assert describe_quantization(plain.replaced(fields)) == told
+
+
 def test_4_bit_maps_lie_on_the_stages_of_their_layers() -> None:
     stages = {"parallel__pipeline_model_parallel_size": 2, "lora__quantize_base": "nf4"}
     recipe = adapted(**stages)
@@ -298,4 +308,7 @@ def check_adapters_of_a_dry_run(kind: dict[str, object]) -> None:
     assert report.prediction.flops == packs * flops
     assert sum(stage.flops for stage in report.stages) == pytest.approx(flops, rel=1e-9)
     assumed = "one pair full of tiles" if recipe.dpo.beta else "one document full of tiles"
-    assert f"packs: not read; taken to be {assumed}" in describe(recipe, report, ranks_per_node=8)
+    text = describe(recipe, report, ranks_per_node=8)
+    assert f"packs: not read; taken to be {assumed}" in text
+    packed = "of the layers' parameters, 932.18 M in 4 bits (nf4, blocks of 64)"
+    assert (packed in text) == recipe.lora.quantizes

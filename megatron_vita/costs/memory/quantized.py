@@ -22,6 +22,14 @@ def weight_bytes(recipe: Recipe, stage: int) -> int:
     return total - layers * saved
 
 
+def quantized_parameters(recipe: Recipe) -> int:
+    """Count the whole model's parameters that are kept in 4 bits."""
+    if not recipe.lora.quantizes:
+        return 0
+    of_layer = sum(linear.inputs * linear.outputs for linear in _maps_of_a_layer(recipe.model))
+    return recipe.model.language.num_layers * of_layer
+
+
 def packed_bytes(linear: LinearMap, recipe: Recipe) -> int:
     """Return the bytes of a map's weight in 4 bits on one rank: codes and scales."""
     lora = recipe.lora

@@ -5,6 +5,7 @@ from operator import attrgetter
 
 from megatron_vita.config import Recipe
 from megatron_vita.config.named_layouts import known_layouts
+from megatron_vita.costs.memory.quantized import quantized_parameters
 
 NOT_LEVERS = {
     "training": {
@@ -72,6 +73,17 @@ def describe_levers(recipe: Recipe) -> str:
             if getattr(ours, name) != getattr(theirs, name)
         ]
     return ", ".join(changed) or "none"
+
+
+def describe_quantization(recipe: Recipe) -> str:
+    """Format the number of parameters that are kept in 4 bits, and how; empty without any."""
+    lora = recipe.lora
+    if not lora.quantizes:
+        return ""
+    how = f"{lora.quantize_base}, blocks of {lora.quantize_block_size}"
+    if lora.double_quant:
+        how += ", scales in 8 bits"
+    return f"{count(quantized_parameters(recipe))} in 4 bits ({how})"
 
 
 def count(number: int) -> str:
