@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import LinearMap, linear_maps
 from megatron_vita.costs.memory.quantized import packed_bytes
 from megatron_vita.errors import PlatformError
+from megatron_vita.model.backends.backends import TorchBackend
+from megatron_vita.model.build import build_model
 from megatron_vita.model.lora import row_owners
 from megatron_vita.model.nf4 import Packing, pack
 from megatron_vita.model.projection import without_output
@@ -166,6 +169,24 @@ def test_only_maps_of_the_language_model_are_packed_and_training_leaves_them_as_
         train_step(run, iter(my_batches(run, step)))
     for name, tensor in run.named_weights():
         assert torch.equal(tensor, before[name]) == (".lora." not in name), name
+
+
+class OneLayerForAll(TorchBackend):
+    """A backend that specifies one layer for all of them, as those of Transformer Engine do."""
+
+    def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
+        """Return the layer."""
+        return super().block_spec(1, qk_layernorm=qk_layernorm).layer_specs[0]
+
+
+def test_the_maps_of_a_backend_that_specifies_one_layer_are_packed() -> None:
+    platform.initialize_process()
+    recipe = tiny_recipe(**QUANTIZED)
+    groups.initialize_groups(recipe.parallel)
+    model = build_model(recipe, backend=OneLayerForAll())
+    assert len(list(quantized_linears(model))) == 4 * 4
+    weights = [name for name, _ in model.named_parameters() if ".linear_" in name]
+    assert not any(name.endswith(".weight") for name in weights)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
