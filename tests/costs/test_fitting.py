@@ -202,8 +202,10 @@ def test_a_leaner_optimizer_is_suggested_only_where_nothing_else_fits() -> None:
     batch = recipe_of(32).replaced({"training.global_batch_size": 8})
     eight = suggest(batch, room_of(79.2), world_size=8, device=H100, ranks_per_node=8)
     assert not any("optimizer.exp_avg_dtype" in suggestion.changes for suggestion in eight.best)
-    told = {"world_size": 2, "device": H100, "room": room_of(79.2)}
-    text = "\n".join(describe_suggestions(two, recipe=recipe_of(32), **told))
+    lines = describe_suggestions(
+        two, recipe=recipe_of(32), world_size=2, device=H100, room=room_of(79.2)
+    )
+    text = "\n".join(lines)
     assert "exp_avg_dtype=bf16" in text
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -241,14 +242,14 @@ def test_a_set_has_the_same_bytes_from_any_number_of_workers(tmp_path: Path) -> 
 
 def test_a_set_that_exists_is_kept_and_one_cut_short_is_made_again(tmp_path: Path) -> None:
     made = sample_set("words", MINIATURE, material=tmp_path)
-    options = {"maker": made.maker, "folder": tmp_path, "workers": 1}
-    path = write_set("words", count=3, **options)
+    write = partial(write_set, "words", maker=made.maker, folder=tmp_path, workers=1)
+    path = write(count=3)
     before = path.stat().st_mtime_ns
-    assert write_set("words", count=99, **options).stat().st_mtime_ns == before
+    assert write(count=99).stat().st_mtime_ns == before
     whole = path.read_bytes()
     path.unlink()
     (tmp_path / "media" / "words" / "0" / "0-0.png").write_bytes(b"cut")
-    assert write_set("words", count=3, **options).read_bytes() == whole
+    assert write(count=3).read_bytes() == whole
     assert pixels((tmp_path / "media" / "words" / "0" / "0-0.png").read_bytes()).shape[0] == 128
 
 
