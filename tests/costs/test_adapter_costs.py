@@ -111,6 +111,14 @@ def test_a_checkpoint_of_adapters_is_small() -> None:
     assert checkpoint_bytes(recipe) == 40_370_176 * (2 + 12)
 
 
+@pytest.mark.parametrize("fields", [{}, {"lora__quantize_base": "nf4"}])
+def test_a_save_copies_adapters_and_their_state_alone(fields: dict[str, object]) -> None:
+    recipe = adapted(training__freeze_projector=True, checkpoint__save="runs/adapters", **fields)
+    for ranks in (1, 2):
+        host = host_memory(recipe, 0, data_parallel=ranks, load=full_pack(recipe))
+        assert host.saving == 40_370_176 * (2 + 12) // ranks
+
+
 @pytest.mark.parametrize("tokens", [32768, 524288])
 def test_one_gpu_of_80_gb_has_room_for_half_a_million_tokens(tokens: int) -> None:
     recipe = load_recipe(

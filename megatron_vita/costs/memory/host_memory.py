@@ -63,13 +63,15 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     """Estimate the bytes that a rank of pipeline stage `stage` needs to write a checkpoint.
 
     A rank copies what it writes: its ranges of the optimizer's state, fp32 weights and two moments,
-    and its part of the weights. Blocks that torch pins and rounds up on GPUs are not counted; with
-    `checkpoint.async_save: false`, GPUs copy one tensor at a time, which is less.
+    and its part of the weights, or with adapters of what is trained. Blocks that torch pins and
+    rounds up on GPUs are not counted; with `checkpoint.async_save: false`, GPUs copy one tensor at
+    a time, which is less.
     """
     parameters = stage_parameters(recipe, stage)
-    state = parameters.trainable(recipe) * written_state_bytes(recipe)
-    ranks = data_parallel * recipe.parallel.context_parallel_size
-    return (state + parameters.total * value_bytes(recipe)) // ranks
+    trained = parameters.trainable(recipe)
+    written = trained if recipe.lora.rank else parameters.total
+    size = trained * written_state_bytes(recipe) + written * value_bytes(recipe)
+    return size // (data_parallel * recipe.parallel.context_parallel_size)
 
 
 def _loader(recipe: Recipe, stage: int, tiles: int, *, data_parallel: int) -> int:
