@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 STEP = re.compile(r"step (\d+)/(\d+) \| loss ([\d.]+)")
+LAUNCHER = ("-m", "megatron_vita.launch", "--standalone")
 LINES_TOLD = 20  # of a run that fails
 
 
@@ -24,9 +25,11 @@ def train(recipe: Path, *, overrides: Sequence[str], processes: int, log: Path, 
     """Train a recipe on `processes` ranks of this machine; the output goes to a file, progress to
     a bar."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "megatron_vita.launch", "--standalone", "--nproc_per_node", str(processes)]
+    program = ["pretrain_vita.py", str(recipe), *overrides]
+    if processes > 1:
+        program = [*LAUNCHER, "--nproc_per_node", str(processes), *program]
     process = subprocess.Popen(
-        [sys.executable, *launcher, "pretrain_vita.py", str(recipe), *overrides],
+        [sys.executable, *program],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,8 +54,8 @@ def _follow(process: subprocess.Popen[str], *, log: Path, title: str) -> list[st
     """Copy the output of a run to `log`, show its steps in a bar, and return its lines."""
     assert process.stdout is not None
     lines = []
-    # Appended, since a restart continues the run whose log this is.
-    with log.open("a") as file, tqdm(desc=title, unit="step") as bar:
+    # Appended, since a restart continues the run whose log this is; a line at a time, to be watched.
+    with log.open("a", buffering=1) as file, tqdm(desc=title, unit="step") as bar:
         for line in process.stdout:
             lines.append(line)
             file.write(line)

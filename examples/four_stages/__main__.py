@@ -9,36 +9,60 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.commands import train
-from examples.four_stages.prepare import prepare, write_held_out
+from examples.four_stages.prepare import prepare, write_held_out, write_training_sets
 from examples.four_stages.run_folder import FOLDER, STAGES, RunFolder
 from examples.four_stages.served_film import write_film
+from megatron_vita.config import Recipe
 from megatron_vita.errors import VitaError
 
 logger = logging.getLogger(__name__)
 REPORT = "report.html"
 RESULTS = "results.json"
+PREPARING = ("all", "prepare", "stage")
+TRAINING = ("all", "stage")
+SCORING = ("all", "stage", "score")
 WORK = ("all", "prepare", "stage", "score", "report", "film")
 
 
-def run_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
-    """Prepare, train and score a stage, unless that is done."""
-    prepare_stage(run, stage, options)
+def prepare_stages(run: RunFolder, stages: Sequence[int], options: argparse.Namespace) -> None:
+    """Make the data of stages, unless their training is finished, and the questions of the tests."""
+    fields = tuple(options.overrides)
+    open_stages = [
+        stage
+        for stage in stages
+        if run.steps_done(stage) < run.recipe(stage, fields).training.train_iters
+    ]
+    # First what is drawn in forked processes: what comes then starts threads.
+    for stage in open_stages:
+        write_training_sets(run, stage, material=options.material)
+    write_held_out(run, material=options.material)
+    for stage in open_stages:
+        prepare(run, stage, material=options.material, overrides=fields)
+
+
+def train_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
+    """Train a stage, unless that is done."""
     recipe = run.recipe(stage, tuple(options.overrides))
     if run.steps_done(stage) < recipe.training.train_iters:
         train(
             run.recipe_file(stage),
-            overrides=[*run.overrides(stage), *options.overrides],
+            overrides=[
+                *run.overrides(stage),
+                *options.overrides,
+                *split_packs(recipe, processes=options.processes),
+            ],
             processes=options.processes,
             log=run.log(stage),
             title=f"stage {stage}",
         )
-    score_stage(run, stage, options)
 
 
-def prepare_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
-    """Make a stage's data, unless its training is finished."""
-    if run.steps_done(stage) < run.recipe(stage, tuple(options.overrides)).training.train_iters:
-        prepare(run, stage, material=options.material, overrides=options.overrides)
+def split_packs(recipe: Recipe, *, processes: int) -> list[str]:
+    """Fields that split each pack over the ranks, where a step has too few packs to go round."""
+    replicas = processes // recipe.parallel.replica_size
+    if recipe.training.global_batch_size % max(replicas, 1) == 0:
+        return []
+    return [f"parallel.context_parallel_size={processes}"]
 
 
 def score_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
@@ -96,18 +120,14 @@ def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run = RunFolder(folder=options.folder, seed=options.seed, miniature=options.miniature)
-    steps = {
-        "all": run_stage,
-        "stage": run_stage,
-        "prepare": prepare_stage,
-        "score": score_stage,
-    }
     try:
-        if options.work in steps:
-            for stage in options.stages:
-                steps[options.work](run, stage, options)
-        if options.work == "prepare":
-            write_held_out(run, material=options.material)
+        if options.work in PREPARING:
+            prepare_stages(run, options.stages, options)
+        for stage in options.stages:
+            if options.work in TRAINING:
+                train_stage(run, stage, options)
+            if options.work in SCORING:
+                score_stage(run, stage, options)
         if options.work in ("all", "report"):
             write_pages(run)
         if options.work == "film":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.four_stages.films import Length
-from examples.four_stages.made import Made, Maker, record
+from examples.four_stages.made import Made, Maker, make_all, record
 from examples.four_stages.pictures import DESCRIBE
 from examples.four_stages.sets import Amounts, Films, sample_set
 from megatron_vita.files import write_json_lines
@@ -44,13 +44,13 @@ FULL_TESTS = TestAmounts(
     ),
 )
 MINIATURE_TESTS = TestAmounts(
-    shapes=6,
-    pictures=4,
-    sheets=2,
+    shapes=4,
+    pictures=2,
+    sheets=1,
     short=2,
-    captions=4,
-    stamps=4,
-    moments=(Films(length=Length(least=8, most=10, questions=4), count=2),),
+    captions=2,
+    stamps=2,
+    moments=(Films(length=Length(least=8, most=10, questions=3), count=2),),
 )
 
 
@@ -97,8 +97,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 def _questions(name: str, maker: Maker, *, folder: Path, indexes: Sequence[int]) -> Iterator[Row]:
     """Yield a sample for each question of the chosen samples; their media are written once."""
-    for index in indexes:
-        made = maker(index)
+    for index, made in zip(indexes, make_all(maker, indexes), strict=True):
         paths = _write_media(name, index, made, folder / "media")
         for question, answer in made.turns:
             # A stamp's caption can be worded in many ways: its category is asked for.

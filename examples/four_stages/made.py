@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ Turn = tuple[str, str]
 """A question and its answer."""
 Kind = Literal["image", "video"]
 FOLDER_FILES = 1000  # media files of a folder: file systems get slow with more
-CHUNK = 16  # samples that a process makes at a time
+CHUNK = 16  # samples that a process makes at a time, at most
+FEW = 6  # samples that no process is started for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +73,30 @@ def write_set(name: str, *, count: int, maker: Maker, folder: Path, workers: int
     if path.exists():
         return path
     write = partial(_write_sample, maker, name, folder / "media")
-    workers = workers or len(os.sched_getaffinity(0))
-    if workers == 1:
-        lines = [write(index) for index in range(count)]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            lines = list(pool.map(write, range(count), chunksize=CHUNK))
+    lines = make_all(write, range(count), workers=workers)
     folder.mkdir(parents=True, exist_ok=True)
     # Last, under its name: a set that was interrupted is made again.
     with atomic_write(path) as partial_file:
         partial_file.write_text("".join(lines))
     return path
+
+
+def make_all[Result](
+    make: Callable[[int], Result], indexes: Sequence[int], *, workers: int = 0
+) -> list[Result]:
+    """Call `make` with each index, in processes if there are many; results are in order.
+
+    workers: processes; 0: as many as there are cores.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1 or len(indexes) < FEW:
+        return [make(index) for index in indexes]
+    # Here, so that forked processes find texts and books read.
+    first = make(indexes[0])
+    # Small enough that a set's few longest films are divided among all processes.
+    chunk = max(1, min(CHUNK, len(indexes) // (4 * workers)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        return [first, *pool.map(make, indexes[1:], chunksize=chunk)]
 
 
 def _write_sample(maker: Maker, name: str, media: Path, index: int) -> str:

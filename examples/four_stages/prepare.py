@@ -1,4 +1,4 @@
-"""Preparation of a stage: material, samples, the model to start from, shards, indexes, plan.
+"""Preparation of a stage: samples, the model to start from, shards, indexes, plan.
 
 Every step is kept once it is done; the same versions of Python and packages give the same files.
 """
@@ -29,7 +29,7 @@ SETS_OF_MATERIAL = {"stamps": "stamps", "clips": "clips"}
 
 
 def prepare(run_folder: RunFolder, stage: int, *, material: Path, overrides: Sequence[str]) -> None:
-    """Make all that a stage trains on.
+    """Make of a stage's sets what its training reads: the weights to start from, shards, plan.
 
     Args:
         material: folder of the packages' files, fetched where missing.
@@ -38,7 +38,6 @@ def prepare(run_folder: RunFolder, stage: int, *, material: Path, overrides: Seq
     Raises:
         DataError: a package is missing and cannot be fetched.
     """
-    write_training_sets(run_folder, stage, material=material)
     write_start(run_folder, material=material)
     recipe = run_folder.recipe(stage, tuple(overrides))
     for dataset in recipe.data.train:

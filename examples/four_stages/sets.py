@@ -68,8 +68,8 @@ def _films(least: int, most: int, questions: int, *, count: int) -> Films:
 # A frame takes 66 tokens, a question up to 34: the longest films of a row end just below 8K, 32K,
 # 64K and 128K tokens, of the last two rows below 256K and 512K.
 FULL = Amounts(
-    words=40_000,
-    pages=20_000,
+    words=80_000,
+    pages=40_000,
     stamp_copies=8,
     shapes=0,
     sheets=20_000,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.four_stages import material
-from examples.four_stages.__main__ import parse_arguments
+from examples.four_stages.__main__ import parse_arguments, split_packs
 from examples.four_stages.material import find_material
 from examples.four_stages.results import merge_seeds, rows_of
 from examples.four_stages.run_folder import STAGES, RunFolder
@@ -136,6 +136,15 @@ def test_the_command_line_takes_stages_and_fields() -> None:
     for wrong in (["stage", "5"], ["stage", "three"]):
         with pytest.raises(SystemExit):
             parse_arguments(wrong)
+
+
+def test_two_ranks_share_packs_of_stages_with_one_pack_a_step(recipes: dict[int, Recipe]) -> None:
+    asked = {stage: split_packs(recipe, processes=2) for stage, recipe in recipes.items()}
+    assert asked[1] == asked[2] == []
+    assert asked[3] == asked[4] == ["parallel.context_parallel_size=2"]
+    split = recipes[3].replaced({"parallel.context_parallel_size": 2})
+    assert split_packs(split, processes=2) == []
+    assert split_packs(recipes[4], processes=1) == []
 
 
 def test_needles_of_the_issue_are_looked_for() -> None:

@@ -23,7 +23,7 @@ from examples.four_stages.films import (
     needle_pages,
 )
 from examples.four_stages.heldout import swap_media
-from examples.four_stages.made import Made, record, write_set
+from examples.four_stages.made import Made, make_all, record, write_set
 from examples.four_stages.pictures import (
     CATEGORIZE,
     DESCRIBE,
@@ -238,6 +238,11 @@ def test_a_set_has_the_same_bytes_from_any_number_of_workers(tmp_path: Path) -> 
         sets[workers] = {path.relative_to(folder): path.read_bytes() for path in files}
     assert sets[1] == sets[2]
     assert len(sets[1]) == 10
+
+
+def test_results_of_processes_are_in_the_order_of_their_indexes() -> None:
+    assert make_all(int, range(40), workers=2) == list(range(40))
+    assert make_all(int, [3, 1], workers=2) == [3, 1]
 
 
 def test_a_set_that_exists_is_kept_and_one_cut_short_is_made_again(tmp_path: Path) -> None:
