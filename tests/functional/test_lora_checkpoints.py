@@ -165,6 +165,9 @@ def test_adapters_of_a_4_bit_base_are_stamped_resumed_and_merged_by_its_own_weig
         assert torch.equal(value, after[name]), name
     with pytest.raises(CheckpointError, match=r"lora.quantize_base is none, but nf4 in the run"):
         open_run(recipe_in(folder, **WIDE))
+    # Another run may start from its adapters with the base in its own type.
+    continued = recipe_in(tmp_path / "next", **WIDE).replaced({"lora.load": str(folder)})
+    assert open_run(continued).step == 0
     merge_adapters(folder, tmp_path / "merged")
     assert not store.recipe_of(tmp_path / "merged").lora.quantizes
     place = TensorLocation("language_model.decoder.layers.self_attention.linear_proj.weight", 1)
