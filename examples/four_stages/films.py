@@ -114,7 +114,7 @@ def make_clock_film(part: Part, length: Length, index: int) -> Made:
         media=[film_of(frames)],
         kind="video",
         suffix=SUFFIX,
-        fields={"kind": f"moments of {length.most} frames"},
+        fields={"kind": f"clock, {length.most} frames"},
     )
 
 
