@@ -18,7 +18,7 @@ from training_cases import Case
 from training_results import stamp, write_result
 
 from megatron_vita import platform
-from megatron_vita.costs.flops import pack_flops
+from megatron_vita.costs.flops import training_flops
 
 GIB = 1 << 30
 OUT_OF_MEMORY = 3
@@ -107,7 +107,7 @@ class Measurement:
 def describe(case: Case, content: PackContent) -> dict[str, Any]:
     """Description of a case before it runs."""
     packs = case.packs * case.dp
-    flops = pack_flops(
+    flops = training_flops(
         case.recipe(), content.lengths, tiles=content.tiles, loss_tokens=content.rows
     )
     model = case.model
@@ -126,7 +126,7 @@ def describe(case: Case, content: PackContent) -> dict[str, Any]:
         "layout": case.layout,
         "backend": case.peer or case.backend,
         "levers": case.levers,
-        "step_flops": 3 * flops * packs,
+        "step_flops": flops.total * packs,
         **stamp(),
         "options": asdict(case),
         "torch": torch.__version__,

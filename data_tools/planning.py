@@ -72,9 +72,8 @@ def index_shards(
     with progress_bar("index", total=len(stale), unit="shards") as bar:
         for _ in run_tasks(_index_shard, tasks, options=options):
             bar.update()
-    for shard in shards:
-        remove_abandoned(index_path(shard, text))
-        remove_abandoned(quarantine_path(shard))
+    remove_abandoned([index_path(shard, text) for shard in shards])
+    remove_abandoned([quarantine_path(shard) for shard in shards])
     left_out = sum(len(read_quarantine(shard).entries) for shard in shards)
     return IndexCount(
         written=len(stale),

@@ -117,8 +117,7 @@ def validate_shards(targets: Sequence[ValidateTask], *, options: WorkerOptions) 
     with progress_bar("validate", total=size, unit="B") as bar:
         for _ in run_tasks(_validate_shard, tasks, options=options, on_advance=bar.update):
             pass
-    for target in targets:
-        remove_abandoned(quarantine_path(target.shard))
+    remove_abandoned([quarantine_path(target.shard) for target in targets])
     lists = {target.shard: read_quarantine(target.shard) for target in targets}
     samples = sum(_samples(shard, found) for shard, found in lists.items())
     # By key, since `index` and `validate` may both list a sample.

@@ -5,11 +5,10 @@ then, a reader sees the old file or none, never a part of the new one.
 """
 
 import fcntl
-import glob
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +31,7 @@ def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     lock: AbstractContextManager[None] = nullcontext()
     if concurrent:
-        remove_abandoned(path)
+        remove_abandoned([path])
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         lock = _locked(partial)
     try:
@@ -68,18 +67,26 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return False
 
 
-def remove_abandoned(path: Path) -> None:
-    """Remove temporary files of a path's killed writers, whose locks have ended with them.
+def remove_abandoned(paths: Collection[Path]) -> None:
+    """Remove temporary files of killed writers of some paths, whose locks have ended with them.
 
-    `atomic_write(path, concurrent=True)` does so first; a caller that finds the file complete and
-    writes nothing does it here.
+    `atomic_write(path, concurrent=True)` does so first; a caller that finds files complete and
+    writes nothing does it here. Each folder is listed once.
     """
-    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
-        with suppress(OSError), open(partial, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Else another has removed it, and its writer may have made it anew.
-            if _is_at(partial, file):
-                partial.unlink()
+    wanted = set(paths)
+    for folder in {path.parent for path in wanted}:
+        for partial in folder.glob("*.partial"):
+            name = partial.name.removesuffix(".partial").rpartition(".")[0]
+            if folder / name in wanted:
+                _remove_if_abandoned(partial)
+
+
+def _remove_if_abandoned(partial: Path) -> None:
+    with suppress(OSError), open(partial, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Else another has removed it, and its writer may have made it anew.
+        if _is_at(partial, file):
+            partial.unlink()
 
 
 def publish(source: Path, target: Path) -> None:

@@ -75,14 +75,14 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
 def cost_weights(recipe: Recipe) -> tuple[int, int]:
     """Return the coefficients of `variable_cost`: FLOPs by squared padded length, and by tile."""
     attention, vision = forward_weights(recipe)
-    reference = _reference_passes(recipe)
+    reference = reference_passes(recipe)
     # All tiles are encoded on the first stage, which runs a part of the layers.
     of_tile = (_tower_passes(recipe) + reference) * vision
     of_square = (3 + reference) * attention // recipe.parallel.pipeline_model_parallel_size
     return of_square, of_tile
 
 
-def _reference_passes(recipe: Recipe) -> int:
+def reference_passes(recipe: Recipe) -> int:
     """Return the passes through the reference of pairs of answers."""
     return 1 if recipe.dpo.beta else 0
 
@@ -159,7 +159,7 @@ def training_flops(
     passes = 3
     if training.freeze_language_model:
         passes = 2
-    reference = _reference_passes(recipe)
+    reference = reference_passes(recipe)
     vision = 0
     if not recipe.model.text_only:
         tower = _tower_passes(recipe)

@@ -17,8 +17,11 @@ def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[i
 
 
 def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[int]) -> list[int]:
+    if not recipe.data.isolate_documents:
+        # They attend to the whole pack, its padding too.
+        lengths = [recipe.data.seq_length]
     parts = training_flops(recipe, lengths, tiles=load.tiles, loss_tokens=load.loss_tokens)
-    # Linear maps take the padding too, which attention does not.
+    # Linear maps take the padding too, which attention inside documents does not.
     linear = parts.linear * recipe.data.seq_length // max(sum(lengths), 1)
     all_layers = linear + parts.attention
     loads = [all_layers * count // recipe.model.language.num_layers for count in counts]

@@ -14,6 +14,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.devices import Device
 from megatron_vita.costs.flops import (
     projector_flops,
+    reference_passes,
     tower_attention_flops,
     tower_flops,
 )
@@ -126,6 +127,7 @@ class _Stage:
         chunks = parallel.virtual_pipeline_model_parallel_size
         self.plans = plan_layers(recipe, count // chunks) * chunks
         self.trained = not recipe.training.freeze_language_model
+        self.reference = reference_passes(recipe)
 
     def time(self) -> dict[str, float]:
         """Return seconds by kind."""
@@ -162,6 +164,11 @@ class _Stage:
             return 0, attention, WITHOUT_OUTPUT
         return 0, attention, 1
 
+    def _extra_passes(self, plan: LayerPlan) -> tuple[float, float, float]:
+        """Return `_repeats` and the pass through the reference of pairs."""
+        around, attention, inside = self._repeats(plan)
+        return around + self.reference, attention + self.reference, inside + self.reference
+
     def _linear(self, plan: LayerPlan) -> float:
         """Return the seconds of linear maps: 2 FLOPs for each token and weight.
 
@@ -171,7 +178,7 @@ class _Stage:
         tokens = self.recipe.data.seq_length // self.cp
         mlp = 3 * language.ffn_hidden_size * language.hidden_size
         projections = self.layer.split - mlp
-        around, _, inside = self._repeats(plan)
+        around, _, inside = self._extra_passes(plan)
         backward = 1
         if self.trained:
             backward = 2
@@ -181,7 +188,7 @@ class _Stage:
 
     def _attention(self, plan: LayerPlan) -> float:
         """Return the seconds of attention: forward, again where recomputed, and backward."""
-        _, again, _ = self._repeats(plan)
+        _, again, _ = self._extra_passes(plan)
         forward, backward = self._attention_passes
         return (1 + again) * forward + backward
 
@@ -204,7 +211,8 @@ class _Stage:
             pieces = self.cp
         lengths = list(self.load.lengths) or [self.recipe.data.seq_length]
         if not self.recipe.data.isolate_documents:
-            lengths = [sum(lengths)]
+            # They attend to the padding, too.
+            lengths = [self.recipe.data.seq_length]
         once = 0.0
         back = 0.0
         for length, number in zip(*np.unique(lengths, return_counts=True), strict=True):
@@ -238,7 +246,7 @@ class _Stage:
         5 mlp. Weight gradients are added to their sums in the matrix products.
         """
         t = self.tensors
-        around, _, inside = self._repeats(plan)
+        around, _, inside = self._extra_passes(plan)
         attention = 5 * t.hidden + 4 * t.query + 3 * t.keys
         mlp = 5 * t.hidden + 3 * t.mlp
         forward = attention * (1 + around) + mlp * (1 + math.ceil(inside))
@@ -254,7 +262,7 @@ class _Stage:
         if not self.recipe.lora.quantizes:
             return 0.0
         language = self.recipe.model.language
-        around, _, inside = self._repeats(plan)
+        around, _, inside = self._extra_passes(plan)
         mlp = 3 * language.ffn_hidden_size * language.hidden_size
         products = (self.layer.split - mlp) * (2 + around) + mlp * (2 + inside) * plan.pieces
         return products / self.tp * (value_bytes(self.recipe) + PACKED_BYTES)
@@ -274,7 +282,7 @@ class _Stage:
         again = 2 * inside
         if inside == WITHOUT_OUTPUT:
             again = 1
-        times = 4 + 2 * around + again + 6
+        times = 4 * (1 + self.reference) + 2 * around + again + 6
         seconds = times * machine.collective(received, spanned=self.tp)
         parallel = self.recipe.parallel
         ring = parallel.cp_comm_type == "p2p" and parallel.attention_backend != "fa4"
@@ -282,7 +290,8 @@ class _Stage:
             return seconds
         keys = t.keys * (self.cp - 1)
         # forward, again for backward, and gradients in fp32
-        return seconds + (2 + attention + 2) * machine.collective(keys, spanned=self.tp * self.cp)
+        times = 2 + attention + 2 + self.reference
+        return seconds + times * machine.collective(keys, spanned=self.tp * self.cp)
 
     def _between_stages(self) -> float:
         """Return the seconds to receive a hidden state, and its gradient, from the adjacent
@@ -292,7 +301,8 @@ class _Stage:
             return 0.0
         # Stages are the outermost dimension of ranks: their messages are taken to cross nodes.
         spanned = self.machine.ranks_per_node + 1
-        return 2 * self.machine.collective(self.tensors.hidden, spanned=spanned)
+        messages = 2 + self.reference
+        return messages * self.machine.collective(self.tensors.hidden, spanned=spanned)
 
     def _vision(self) -> float:
         """Return the seconds of tower and projector on the rank with the most tiles.
@@ -315,8 +325,8 @@ class _Stage:
         stream = vision.num_layers * vision.tokens * vision.hidden_size * value_bytes(recipe)
         # A frozen tower runs forward once; a trained one also backward, and forward again where it
         # is recomputed.
-        passes = 1.0
-        attention_passes = 1.0
+        passes = 1.0 + self.reference
+        attention_passes = 1.0 + self.reference
         if not recipe.is_frozen("vision_model"):
             again = int(training.recompute_vision)
             passes += again + 2
@@ -329,14 +339,17 @@ class _Stage:
     def _output(self) -> float:
         """Return the seconds of the output layer, at 0.8 of the rate of layers.
 
-        Three products of the loss tokens' rows with the vocabulary shard.
+        Products of the loss tokens' rows with the vocabulary shard: forward, and backward once for
+        rows and once for weights that are trained. Pairs need it forward twice more: for the
+        reference, and for the sums over a pair that their gradients depend on.
         """
         recipe = self.recipe
         if self.stage < recipe.parallel.pipeline_model_parallel_size - 1:
             return 0.0
         language = recipe.model.language
         rows = ceil_div(self.load.loss_tokens, self.cp)
-        flops = 6 * rows * language.vocab_size // self.tp * language.hidden_size
+        products = 2 + int(self.trained) + 2 * self.reference
+        flops = 2 * products * rows * language.vocab_size // self.tp * language.hidden_size
         return flops / (0.8 * self.machine.matmul)
 
 

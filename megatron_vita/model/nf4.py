@@ -4,10 +4,10 @@ Each row is quantized in blocks of consecutive elements, with the largest magnit
 its scale. No block crosses rows or ranks (recipes are refused otherwise): so a shard has the codes
 and scales of the whole weight, and joint maps (query, key and value) those of the single ones.
 
-Double quantization keeps the scales in 8 bits: less the mean over the whole map, in blocks of 256
-consecutive scales, which do cross rows and ranks. Scales are therefore gathered over TP while a
-weight is packed, and quantized as those of whole single maps; each rank keeps its own codes, and
-the second scales of all, which are few.
+Double quantization keeps the scales in 8 bits. The mean over the whole map is subtracted first; the
+rest is quantized in blocks of 256 consecutive scales, which do cross rows and ranks. Scales are
+therefore gathered over TP while a weight is packed, and quantized as those of whole single maps;
+each rank keeps its own codes, and the second scales of all, which are few.
 """
 
 from dataclasses import dataclass

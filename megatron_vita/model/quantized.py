@@ -1,8 +1,8 @@
 """Frozen linear maps of the language model with weights of 4 bits (QLoRA).
 
-They take the place of a backend's linear layers. A weight exists in its own type while it is
-initialized or loaded alone, one layer at a time: `unpacked_in_turn`. Afterwards each product
-computes it anew, forward and backward, and nothing keeps it in between.
+They take the place of a backend's linear layers. A weight exists in its own type only while its
+layer is initialized or loaded (`unpacked_in_turn`). Afterwards each product computes it anew,
+forward and backward, and nothing keeps it in between.
 """
 
 import dataclasses

@@ -209,6 +209,35 @@ def test_stages_share_the_work_of_what_is_trained_and_of_the_reference(beta: flo
     assert last == layers // 4 + (2 + (beta > 0)) * output_flops(language, 100)
 
 
+def test_joined_documents_attend_to_the_whole_pack_on_each_stage() -> None:
+    stages = {"parallel.pipeline_model_parallel_size": 4, "data.isolate_documents": False}
+    recipe = adapted().replaced(stages)
+    load = PackLoad(tiles=3, loss_tokens=100)
+    whole = stage_flops(recipe, load, lengths=[recipe.data.seq_length])
+    assert stage_flops(recipe, load, lengths=[512, 256]) == whole
+
+
+def test_a_step_of_preferences_takes_one_forward_pass_more() -> None:
+    recipe = adapted(
+        training__freeze_projector=True, training__recompute_vision=False, data__seq_length=32768
+    )
+    pairs = recipe.replaced({"dpo.beta": 0.1})
+    load = PackLoad(tiles=64, loss_tokens=1000, lengths=(16384, 16384))
+    plain, preferred = (step_time(r, H100, data_parallel=1, load=load) for r in (recipe, pairs))
+    # Frozen maps are multiplied forward and for the gradients of rows.
+    assert preferred.linear == pytest.approx(plain.linear * 3 / 2)
+    assert preferred.vision == pytest.approx(plain.vision * 2)
+    # The output layer also runs again for the gradients of pairs.
+    assert preferred.output == pytest.approx(plain.output * 4 / 2)
+    forward = step_time(
+        recipe.replaced({"training.recompute_granularity": "full"}),
+        H100,
+        data_parallel=1,
+        load=load,
+    )
+    assert preferred.attention == pytest.approx(forward.attention)
+
+
 def test_the_fragment_for_preferences_freezes_the_reference(tmp_path: Path) -> None:
     names = [str(EXAMPLES / name) for name in ("stages/stage3.yaml", "models/7b.yaml", "dpo.yaml")]
     (tmp_path / "own.yaml").write_text(f"base: {json.dumps(names)}\n")

@@ -3,7 +3,8 @@
     python -m tests.faults [--count N] [--out FILE.json] [--only GROUP ...]
 
 Prints a row for each kind: how often it was tried, survived and lost. COUNT=10 has 100 SIGKILLs over
-runs of 200 steps, and 50 changes of layout; COUNT=1 tries each kind once.
+runs of 200 steps, 50 changes of layout, and a run of 2,000 steps in which nothing may grow; COUNT=1
+tries each kind once.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from tests import once
 from tests.faults.damage import damage_checkpoints
+from tests.faults.growth import run_long
 from tests.faults.hangs import hang_jobs
 from tests.faults.kills import kill_runs
 from tests.faults.layouts import change_layouts
@@ -26,6 +28,7 @@ from tests.faults.rows import Row, as_table, write_rows
 
 GROUPS: dict[str, Callable[[int, Path], list[Row]]] = {
     "damage": damage_checkpoints,
+    "growth": run_long,
     "hangs": hang_jobs,
     "kills": kill_runs,
     "layouts": change_layouts,

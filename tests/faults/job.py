@@ -43,12 +43,16 @@ def start(
     *overrides: str,
     faults: Sequence[dict[str, Any]] = (),
     ranks: int = 2,
+    worker: str = "worker.py",
 ) -> int:
-    """Run until the run is done, or a fault has ended it; return the launcher's exit code."""
+    """Run until the run is done, or a fault has ended it; return the launcher's exit code.
+
+    `worker` is the program of the ranks, in this folder.
+    """
     folder.mkdir(exist_ok=True)
     number = len(list(folder.glob("stderr.*")))
     ended = torchrun(
-        HERE / "worker.py",
+        HERE / worker,
         str(recipe),
         str(folder / f"records.{number}"),
         json.dumps(list(faults)),
@@ -57,7 +61,7 @@ def start(
         *overrides,
         processes=ranks,
         check=False,
-        seconds=120,
+        seconds=600,
     )
     (folder / f"stderr.{number}").write_text(ended.stderr)
     return ended.returncode

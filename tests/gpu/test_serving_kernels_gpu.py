@@ -1,5 +1,7 @@
 """Kernels of serving against plain attention in fp32."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,19 +66,24 @@ def test_partial_attention_is_plain_attention(
 
 @pytest.mark.parametrize("shape", [(14, 2), (28, 4), (2, 1)], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "keys", "causal"), [(1000, 20000, False), (8192, 8192, True), (8500, 8500, True)]
+    ("rows", "keys", "causal"), [(1030, 20000, False), (8192, 8192, True), (8500, 8500, True)]
 )
 def test_long_parts_by_flash_attention_4_are_plain_attention(
-    rows: int, keys: int, causal: bool, shape: tuple[int, int]
+    rows: int, keys: int, causal: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fa4_layouts():
         pytest.skip("needs FlashAttention-4 and a Hopper GPU or a later one")
+    from megatron_vita.model.backends import fa4
+
+    kernel = Mock(wraps=fa4.attend_part)
+    monkeypatch.setattr(fa4, "attend_part", kernel)
     heads, groups = shape
     dtype = torch.bfloat16
     assert has_fa4(heads=heads, query_groups=groups, width=WIDTH, dtype=dtype)
     query = noise(rows, heads, WIDTH, dtype=dtype)
     key, value = (noise(groups, keys + 5, WIDTH, dtype=dtype)[:, 5:] for _ in range(2))
     out, lse = attend(query, key, value, causal=causal)
+    kernel.assert_called_once()
     some = torch.arange(0, rows, 7, device="cuda")
     # all scores of some rows: those of 28 heads over 20,000 keys would not fit
     for head in range(0, heads, heads // groups):

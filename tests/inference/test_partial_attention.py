@@ -72,6 +72,14 @@ def test_wrong_kernels_are_not_used_and_named(
     assert f"its {name} differs from torch's attention by 10" in caplog.text
 
 
+def test_kernels_that_cannot_be_imported_are_not_used_and_named(
+    kernels: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    del sys.modules["flash_attn.cute.interface"]._flash_attn_bwd
+    assert not has_fa4(**SHAPE)
+    assert "ImportError: cannot import name '_flash_attn_bwd'" in caplog.text
+
+
 @pytest.mark.parametrize(
     "changed", [{"width": 80}, {"dtype": torch.float32}, {"dtype": torch.float16}], ids=str
 )

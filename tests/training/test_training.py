@@ -26,6 +26,7 @@ from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
 from megatron_vita.training.metrics.metrics import StepMetrics
 from megatron_vita.training.run.run import Run, open_run
+from megatron_vita.training.run.run_state import check_rotary
 from megatron_vita.training.step.step import train_step
 from tests.functional.toy_run import QUICK, data_tools, make_toy_run
 
@@ -233,6 +234,29 @@ def test_a_stage_may_start_with_other_rotary_angles_but_not_resume_with_them(
     save = f"checkpoint.save={trained.checkpoint.save}"
     with pytest.raises(CheckpointError, match=r"model\.language\.(rotary_base|rope_scaling\.kind)"):
         open_run(load_recipe(recipe_path, [*FAST, save, override]))
+
+
+LONG = {
+    "model.language.rotary_base": 5e7,
+    "model.language.rope_scaling": {"kind": "linear", "factor": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"model.language.rotary_base": 1e6}, "rotary_base is 1e.06, but 5e.07"),
+        ({"model.language.rope_scaling.factor": 2}, "rope_scaling.factor is 2, but 4"),
+        ({"model.language.rope_scaling": {"kind": "none", "factor": 4}},
+         "rope_scaling.kind is none, but linear"),
+    ],
+    ids=["base", "factor", "kind"],
+)  # fmt: skip
+def test_a_stage_does_not_start_with_positions_that_were_shrunk(fields: dict, lost: str) -> None:
+    saved = Recipe().replaced(LONG)
+    with pytest.raises(CheckpointError, match=rf"model\.language\.{lost} in the recipe of old"):
+        check_rotary(Path("old"), saved, saved.replaced(fields))
+    check_rotary(Path("old"), Recipe(), saved)
 
 
 def test_a_missing_or_torn_checkpoint_is_refused_by_path(recipe_path: Path, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ class LoraConfig:
     )
     double_quant: bool = described(
         False,
-        "Keep the scales of the 4-bit blocks in 8 bits, which saves 0.37 bits a parameter.",
+        "Keep the scales of the 4-bit blocks in 8 bits, which saves 0.37 bits a parameter with "
+        "blocks of 64.",
         needs=("quantize_base=nf4",),
     )
 

@@ -95,6 +95,7 @@ class Worker:
                 model.language_model, cache, graphs=self.graphs, adapters=adapters
             )
         self.adapters = adapters
+        self._longest = max_blocks * cache.layout.block_tokens  # tokens of a sequence
         self._tables: dict[int, Tensor] = {}
         self._adapter_of: dict[int, int] = {}  # numbers of adapters by sequence
         self._prompts: dict[int, NewSequence] = {}
@@ -103,14 +104,16 @@ class Worker:
     def warm_up(self) -> None:
         """Compile the kernels of long prompts and record the graphs that single requests need, so
         that the first one does not wait. Collective."""
-        if platform.on_cuda():
+        if platform.on_cuda() and self._longest >= PLANNED_KEYS:
             self._compile_attention()
         if self.prefill_graphs is not None:
-            for length in LENGTHS:
-                # Zigzag over CP needs two equal pieces per rank.
-                if length % (2 * groups.context_group().size()) == 0:
-                    self.prefill_graphs.record(length, is_adapted=False)
-            self.decoder.record(1, is_adapted=False)
+            kinds = [False, True] if self.adapters.names else [False]
+            for is_adapted in kinds:
+                for length in LENGTHS:
+                    # Zigzag over CP needs two equal pieces per rank.
+                    if length % (2 * groups.context_group().size()) == 0:
+                        self.prefill_graphs.record(length, is_adapted=is_adapted)
+                self.decoder.record(1, is_adapted=is_adapted)
             self.features.warm_up()
 
     def _compile_attention(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import FA4_WIDTHS
-from megatron_vita.errors import PlatformError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,8 @@ def attend(
 
 def _is_for_fa4(query: Tensor, key: Tensor) -> bool:
     """Tell whether FlashAttention-4 attends from query [m, heads, d] to key [groups, n, d]."""
-    if not query.is_cuda or key.shape[1] < PLANNED_KEYS:
+    # Few queries over many keys are left to kernels that divide the keys over the device.
+    if not query.is_cuda or key.shape[1] < PLANNED_KEYS or len(query) < PLANNED_ROWS:
         return False
     return has_fa4(
         heads=query.shape[1], query_groups=len(key), width=query.shape[2], dtype=query.dtype
@@ -73,18 +73,24 @@ def _is_for_fa4(query: Tensor, key: Tensor) -> bool:
 def has_fa4(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> bool:
     """Tell whether FlashAttention-4 runs here and computes this shape right.
 
-    The first call of a shape compiles its kernels, some seconds, and warns if they compute wrong.
+    The first call of a shape compiles its kernels, some seconds, and warns if they cannot be
+    imported or compute wrong.
     """
     if dtype != torch.bfloat16 or width not in FA4_WIDTHS:
         return False
-    if not platform.has_flash_attention_4() or torch.cuda.get_device_capability() < (9, 0):
+    if torch.cuda.get_device_capability() < (9, 0):
         return False
-    from megatron_vita.model.backends.fa4 import check_forward
-
     try:
+        if not platform.has_flash_attention_4():
+            return False
+        from megatron_vita.model.backends.fa4 import check_forward
+
         check_forward(heads=heads, query_groups=query_groups, width=width, dtype=dtype)
-    except PlatformError as error:
-        logger.warning("prompts are computed with cuDNN's attention: %s", error)
+    # A package that is installed by halves fails at its import, in whatever way.
+    except Exception as error:
+        logger.warning(
+            "prompts are computed by cuDNN's attention: %s: %s", type(error).__name__, error
+        )
         return False
     return True
 

@@ -144,8 +144,8 @@ def check_length(
 
 
 def check_parts(saved: Recipe, now: Recipe) -> None:
-    """Check the fields (FIXED) that determine the optimizer's parameter groups and state layout, or what
-    adapters are trained for.
+    """Check the fields (FIXED) that determine the optimizer's parameter groups and state layout, or
+    the base that adapters are trained for.
 
     Raises:
         CheckpointError: one differs from the saved run.
@@ -154,9 +154,12 @@ def check_parts(saved: Recipe, now: Recipe) -> None:
         then = attrgetter(name)(saved)
         value = attrgetter(name)(now)
         if then != value:
+            start = "checkpoint.load"
+            if saved.lora.rank:
+                start = "lora.load"
             raise CheckpointError(
                 f"{name} is {value}, but {then} in the run to be resumed, which it cannot change in; start another "
-                "run from its weights: checkpoint.load"
+                f"run from its weights: {start}, and another checkpoint.save"
             )
 
 

@@ -229,6 +229,7 @@ def _start_from(run: "Run", checkpoint: Path, stamp: base.BaseStamp | None) -> N
     if run.recipe.lora.rank:
         may_differ = ()
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model, may_differ=may_differ)
+    check_rotary(checkpoint, saved, run.recipe)
     if changes := list(_rotary_changes(saved, run.recipe)):
         logger.info("positions other than in %s: %s", checkpoint, "; ".join(changes))
     on_part = None if stamp is None else stamp.add
@@ -236,6 +237,29 @@ def _start_from(run: "Run", checkpoint: Path, stamp: base.BaseStamp | None) -> N
     # Its fp32 copies were made of the initial weights.
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)
+
+
+def check_rotary(checkpoint: Path, saved: Recipe, recipe: Recipe) -> None:
+    """Check that positions were not lost: a field that is left out has its default again.
+
+    Raises:
+        CheckpointError: the base is smaller, or a scaling is gone or smaller.
+    """
+    before = saved.model.language
+    now = recipe.model.language
+    lost = ""
+    if now.rotary_base < before.rotary_base:
+        lost = f"rotary_base is {now.rotary_base:g}, but {before.rotary_base:g}"
+    elif now.rope_scaling.factor < before.rope_scaling.factor:
+        factors = (now.rope_scaling.factor, before.rope_scaling.factor)
+        lost = "rope_scaling.factor is {:g}, but {:g}".format(*factors)
+    elif now.rope_scaling.kind == "none" != before.rope_scaling.kind:
+        lost = f"rope_scaling.kind is none, but {before.rope_scaling.kind}"
+    if lost:
+        raise CheckpointError(
+            f"model.language.{lost} in the recipe of {checkpoint}: its weights know no other "
+            "positions; they may be stretched, not shrunk: set it to that or more"
+        )
 
 
 def _rotary_changes(saved: Recipe, recipe: Recipe) -> Iterator[str]:
