@@ -68,10 +68,15 @@ def make_needle_film(part: Part, kind: Kind, length: Length, index: int) -> Made
     """Pages of real text, some with a code; as one film, or as an image for each page."""
     draw = seeded(part, f"needles {length.most} {kind}", index)
     frames, turns = needle_pages(part, length.draw(draw), questions=length.questions, draw=draw)
-    fields = {"kind": "needles"}
     if kind == "image":
-        return Made(turns=turns, media=frames, fields=fields)
-    return Made(turns=turns, media=[film_of(frames)], kind="video", suffix=SUFFIX, fields=fields)
+        return Made(turns=turns, media=frames, fields={"kind": "codes, album"})
+    return Made(
+        turns=turns,
+        media=[film_of(frames)],
+        kind="video",
+        suffix=SUFFIX,
+        fields={"kind": "codes, film"},
+    )
 
 
 def needle_pages(

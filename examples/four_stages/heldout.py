@@ -11,6 +11,7 @@ from examples.four_stages.films import Length
 from examples.four_stages.made import Made, Maker, make_all, record
 from examples.four_stages.pictures import DESCRIBE
 from examples.four_stages.sets import Amounts, Films, sample_set
+from megatron_vita.errors import DataError
 from megatron_vita.files import write_json_lines
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ FULL_TESTS = TestAmounts(
 MINIATURE_TESTS = TestAmounts(
     shapes=4,
     pictures=2,
-    sheets=1,
+    sheets=2,
     short=2,
     captions=2,
     stamps=2,
@@ -128,6 +129,9 @@ def swap_media(rows: Sequence[Row]) -> list[Row]:
     """Give each question the media of another sample of its kind, half of them further on.
 
     What a model still gets right, it has from the question.
+
+    Raises:
+        DataError: all samples of a kind have the same media, so that there is nothing to swap.
     """
     media: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -137,6 +141,10 @@ def swap_media(rows: Sequence[Row]) -> list[Row]:
     swapped = []
     for row in rows:
         known = media[row["kind"]]
+        if len(known) < 2:
+            raise DataError(
+                f"the tests have one sample of the kind {row['kind']!r}: a control with swapped media needs two"
+            )
         other = json.loads(known[(known.index(_media_of(row)) + len(known) // 2) % len(known)])
         swapped.append(_with_media(row, other))
     return swapped

@@ -7,14 +7,19 @@ import pytest
 
 from examples.four_stages import material
 from examples.four_stages.__main__ import parse_arguments, split_packs
+from examples.four_stages.heldout import MINIATURE_TESTS, write_tests
 from examples.four_stages.material import find_material
+from examples.four_stages.report import length, write_report
 from examples.four_stages.results import merge_seeds, rows_of
 from examples.four_stages.run_folder import STAGES, RunFolder
 from examples.four_stages.score import FULL_PLANS
+from examples.four_stages.served_film import write_film
 from examples.four_stages.sets import FULL, MINIATURE, sample_set
 from examples.packages import download_deb
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.errors import DataError
+from megatron_vita.evaluation.questions import read_questions
+from megatron_vita.media.video import probe_video
 from tests.environment import ROOT
 from tests.examples.four_stages_material import write_material
 
@@ -165,7 +170,13 @@ def write_scores(folder: Path, *, right: int, control: int, codes: int) -> None:
         report = {"all": score, "groups": {"count": score}}
         (folder / name / "report.json").write_text(json.dumps(report))
     (folder / "needles" / "8192").mkdir(parents=True)
-    report = {"right": codes, "asked": 20}
+    report = {
+        "right": codes,
+        "asked": 20,
+        "lengths": [{"pages": 123, "tokens": 8150}],
+        "depths": [0.0, 1.0],
+        "shares": [[codes / 20], [codes / 20]],
+    }
     (folder / "needles" / "8192" / "report.json").write_text(json.dumps(report))
 
 
@@ -188,3 +199,43 @@ def test_rows_have_score_control_and_each_seed(tmp_path: Path) -> None:
     assert rows["needle"]["tokens"] == 8192
     assert rows["needle"]["seeds"] == {"0": 0.25, "3": 0.75}
     assert rows["needle"]["control"] is None
+
+
+def test_the_page_shows_means_spreads_controls_and_heat_maps(tmp_path: Path) -> None:
+    runs = [RunFolder(folder=tmp_path, seed=seed) for seed in (0, 3)]
+    write_scores(runs[0].scores(2), right=8, control=3, codes=5)
+    write_scores(runs[1].scores(2), right=6, control=1, codes=15)
+    write_report(tmp_path / "report.html", runs)
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert "<td>short: count</td><td></td><td><b>70.0 %</b> ± 10.0 / 20.0 %</td>" in page
+    assert "<td>8K</td><td></td><td><b>50.0 %</b> / -" in page
+    assert page.count('alt="codes found after stage') == 1
+    assert (length(1 << 20), length(393_216), length(600)) == ("1M", "384K", "600")
+
+
+def test_questions_of_the_tests_are_valid_and_controls_ask_the_same(tmp_path: Path) -> None:
+    folder = write_material(tmp_path / "material")
+    tests = tmp_path / "tests"
+    files = write_tests(MINIATURE_TESTS, MINIATURE, material=folder, folder=tests)
+    assert len(files) == 6
+    for name in ("short", "captions", "moments"):
+        asked = [
+            read_questions(tests / f"{each}.jsonl", media=tests / "media", group="kind")
+            for each in (name, f"{name}-swapped")
+        ]
+        assert asked[0].rejected == asked[1].rejected == []
+        for own, other in zip(asked[0].questions, asked[1].questions, strict=True):
+            assert (own.reference, own.group) == (other.reference, other.group)
+            media = [{*each.images, *each.videos} for each in (own, other)]
+            assert not media[0] & media[1]
+            assert all(path.exists() for path in media[0] | media[1])
+    kinds = {question.group for question in asked[0].questions}
+    assert kinds == {"clock, 10 frames"}
+
+
+def test_the_film_to_ask_about_has_a_frame_a_second_and_its_codes(tmp_path: Path) -> None:
+    film = write_film(tmp_path, seconds=20)
+    info = probe_video(film.read_bytes(), film.name)
+    assert (info.frames, info.fps) == (20, 1.0)
+    asked = json.loads((tmp_path / "film.json").read_text())
+    assert len({row["answer"] for row in asked}) == len(asked) == 12

@@ -38,6 +38,7 @@ from examples.four_stages.pictures import (
 )
 from examples.four_stages.sets import FULL, MINIATURE, ByLength, Films, sample_set
 from examples.four_stages.texts import PAGE, book_of, text_of, words_of
+from megatron_vita.errors import DataError
 from megatron_vita.evaluation.pages import PageStyle
 from megatron_vita.text.conversation import check_messages
 from tests.examples.four_stages_material import write_material
@@ -288,6 +289,17 @@ def test_swapped_samples_ask_the_same_about_media_of_another() -> None:
     assert sorted(json.dumps(row["images"]) for row in rows) == sorted(
         json.dumps(row["images"]) for row in swapped
     )
+
+
+def test_a_kind_with_a_single_sample_has_no_control_and_is_refused() -> None:
+    rows = list(samples())
+    with pytest.raises(DataError, match="one sample of the kind 'codes, album'"):
+        swap_media(rows[:1])
+    # Several questions about the same pages are one sample, too.
+    with pytest.raises(DataError, match="one sample"):
+        swap_media([rows[0], rows[0]])
+    odd = swap_media(rows[:3])
+    assert all(row["images"] != other["images"] for row, other in zip(rows[:3], odd, strict=True))
 
 
 def test_a_shape_names_itself() -> None:
