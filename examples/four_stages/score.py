@@ -13,6 +13,7 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import ParallelConfig
+from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.answering import EngineAnswerer
 from megatron_vita.evaluation.needle_run import NeedleGrid, run_needles
 from megatron_vita.evaluation.needles import Cell, Haystack, count_tokens, pages_within
@@ -96,18 +97,19 @@ def score(run_folder: RunFolder, stage: int) -> None:
     """Answer all questions that have no answer yet, and write the reports into the scores' folder.
 
     Raises:
-        ConfigError: there are answers of another checkpoint in it.
+        ConfigError: the scores there are of another checkpoint.
     """
-    plan = plans_of(run_folder)[stage]
-    done = run_folder.scores(stage) / "done"
-    if done.exists():
-        return
-    context = max(row.tokens for row in plan.lengths) + LONG_ANSWER_TOKENS
+    folder = run_folder.scores(stage)
+    done = folder / "done"
     checkpoint = store.find_checkpoint(run_folder.checkpoints(stage))
-    engine = open_engine(checkpoint, context=context)
     model = checkpoint.name
+    if done.exists():
+        _check_scored(done, model)
+        return
+    plan = plans_of(run_folder)[stage]
+    context = max(row.tokens for row in plan.lengths) + LONG_ANSWER_TOKENS
+    engine = open_engine(checkpoint, context=context)
     try:
-        folder = run_folder.scores(stage)
         for test in TESTS:
             for name in (test, test + SWAPPED):
                 ask_questions(
@@ -117,7 +119,21 @@ def score(run_folder: RunFolder, stage: int) -> None:
             look_for_needles(engine, row, depths=plan.depths, folder=folder, model=model)
     finally:
         engine.close()
-    done.touch()
+    done.write_text(model)
+
+
+def _check_scored(done: Path, model: str) -> None:
+    """Check that finished scores are those of a checkpoint.
+
+    Raises:
+        ConfigError: they are of another one.
+    """
+    scored = done.read_text()
+    if scored != model:
+        raise ConfigError(
+            f"{done.parent}: holds the scores of {scored}, and the stage has been trained to {model}: remove the "
+            "folder to score it again"
+        )
 
 
 def open_engine(checkpoint: Path, *, context: int) -> Engine:

@@ -12,12 +12,13 @@ from examples.four_stages.material import find_material
 from examples.four_stages.report import length, write_report
 from examples.four_stages.results import merge_seeds, rows_of
 from examples.four_stages.run_folder import STAGES, RunFolder
-from examples.four_stages.score import FULL_PLANS
+from examples.four_stages.score import FULL_PLANS, score
 from examples.four_stages.served_film import write_film
 from examples.four_stages.sets import FULL, MINIATURE, sample_set
 from examples.packages import download_deb
+from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, load_recipe
-from megatron_vita.errors import DataError
+from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.questions import read_questions
 from megatron_vita.media.video import probe_video
 from tests.environment import ROOT
@@ -161,6 +162,19 @@ def test_needles_of_the_issue_are_looked_for() -> None:
         for row in plan.lengths:
             # With 40 questions a share of 80 % is known to 13 points; the longest are dear.
             assert row.haystacks * plan.depths >= 30 or row.tokens > 131_072
+
+
+def test_scores_of_a_stage_that_was_trained_further_are_not_taken_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(folder=tmp_path)
+    run.scores(2).mkdir(parents=True)
+    (run.scores(2) / "done").write_text("step_00000008")
+    newest = [Path("step_00000008"), Path("step_00000012")]
+    monkeypatch.setattr(store, "find_checkpoint", lambda folder: newest.pop(0))
+    score(run, 2)
+    with pytest.raises(ConfigError, match=r"scores of step_00000008, .* to step_00000012: remove"):
+        score(run, 2)
 
 
 def write_scores(folder: Path, *, right: int, control: int, codes: int) -> None:
