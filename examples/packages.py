@@ -14,7 +14,8 @@ def download_wheel(requirement: str, folder: Path) -> Path:
         DataError: pip cannot download it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    # In that folder, so that a relative one is not looked for below itself.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", "."]
     _call([*pip, requirement], what=requirement, folder=folder)
     return _file_of(requirement.partition("==")[0].replace("-", "_"), "whl", folder)
 
