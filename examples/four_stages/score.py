@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 TESTS = ("short", "captions", "moments")
 CONTROL_SEED = 1  # of the haystacks that the control shows in the place of the right ones
 MOST_FRAMES = 20_000
+MOMENTS_TOKENS = 128 << 10  # of the longest film of moments, which every stage is asked about
 ANSWER_TOKENS = 48
 LONG_ANSWER_TOKENS = 1024  # room in the context beside the longest haystack
 AT_ONCE = 48  # short prompts in flight
@@ -47,6 +48,11 @@ class ScorePlan:
 
     lengths: Sequence[NeedleLength]
     depths: int = 10
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest prompt of all tests, with its answer."""
+        return max(MOMENTS_TOKENS, *(row.tokens for row in self.lengths)) + LONG_ANSWER_TOKENS
 
 
 _SHORT = (
@@ -107,8 +113,7 @@ def score(run_folder: RunFolder, stage: int) -> None:
         _check_scored(done, model)
         return
     plan = plans_of(run_folder)[stage]
-    context = max(row.tokens for row in plan.lengths) + LONG_ANSWER_TOKENS
-    engine = open_engine(checkpoint, context=context)
+    engine = open_engine(checkpoint, context=plan.context)
     try:
         for test in TESTS:
             for name in (test, test + SWAPPED):

@@ -7,7 +7,7 @@ import pytest
 
 from examples.four_stages import material
 from examples.four_stages.__main__ import parse_arguments, split_packs
-from examples.four_stages.heldout import MINIATURE_TESTS, write_tests
+from examples.four_stages.heldout import FULL_TESTS, MINIATURE_TESTS, write_tests
 from examples.four_stages.material import find_material
 from examples.four_stages.report import length, write_report
 from examples.four_stages.results import merge_seeds, rows_of
@@ -175,6 +175,14 @@ def test_scores_of_a_stage_that_was_trained_further_are_not_taken_for_its_own(
     score(run, 2)
     with pytest.raises(ConfigError, match=r"scores of step_00000008, .* to step_00000012: remove"):
         score(run, 2)
+
+
+def test_every_stage_has_the_context_for_all_films_of_its_tests() -> None:
+    longest = max(row.length.most for row in FULL_TESTS.moments)
+    for plan in FULL_PLANS.values():
+        # 64 tokens and two tags a frame, a question and its answer.
+        assert plan.context >= 66 * longest + 34
+        assert plan.context > max(row.tokens for row in plan.lengths)
 
 
 def write_scores(folder: Path, *, right: int, control: int, codes: int) -> None:
