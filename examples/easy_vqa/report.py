@@ -1,19 +1,16 @@
 """Report of the demo: a single self-contained HTML file."""
 
-import base64
-import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.easy_vqa.grade import Graded, accuracy
 from examples.easy_vqa.prepare import Part, image_path
+from examples.figures import png_url, svg
 
 COLUMNS = {
     "model": ("model", "#1f6feb"),
@@ -57,8 +54,8 @@ def write_report(
         images=len({row.image for row in graded["model"]}),
         table=table,
         majority_answer=graded["majority"][0].answer,
-        accuracy_chart=_svg(_accuracy_figure(scores)),
-        loss_chart=_svg(_loss_figure(logs)),
+        accuracy_chart=svg(_accuracy_figure(scores)),
+        loss_chart=svg(_loss_figure(logs)),
         cards=_cards(graded["model"], split="test" if part == "test" else "train"),
         part=part,
     )
@@ -112,14 +109,6 @@ def _scalars(folder: Path, tag: str) -> tuple[list[int], list[float]]:
     return list(values), list(values.values())
 
 
-def _svg(figure: Figure) -> Markup:
-    text = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}):
-        figure.savefig(text, format="svg")
-    svg = text.getvalue()
-    return Markup(svg[svg.index("<svg") :])
-
-
 def _cards(rows: list[Graded], *, split: str) -> list[dict]:
     """Page of questions: a seeded sample of each kind, with wrong answers as frequent as they
     are."""
@@ -132,8 +121,7 @@ def _cards(rows: list[Graded], *, split: str) -> list[dict]:
     draw.shuffle(chosen)
     return [
         {
-            "picture": "data:image/png;base64,"
-            + base64.b64encode(image_path(split, row.image).read_bytes()).decode("ascii"),
+            "picture": png_url(image_path(split, row.image).read_bytes()),
             "image": row.image,
             "question": row.text,
             "answer": row.answer,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.four_stages.films import Length
-from examples.four_stages.made import Made, Maker, make_all, record
+from examples.four_stages.made import Maker, make_all, record, write_media
 from examples.four_stages.pictures import DESCRIBE
 from examples.four_stages.sets import Amounts, Films, sample_set
 from megatron_vita.errors import DataError
@@ -99,22 +99,12 @@ def _spread(total: int, count: int) -> list[int]:
 def _questions(name: str, maker: Maker, *, folder: Path, indexes: Sequence[int]) -> Iterator[Row]:
     """Yield a sample for each question of the chosen samples; their media are written once."""
     for index, made in zip(indexes, make_all(maker, indexes), strict=True):
-        paths = _write_media(name, index, made, folder / "media")
+        paths = write_media(made, name, index, media=folder / "media")
         for question, answer in made.turns:
             # A stamp's caption can be worded in many ways: its category is asked for.
             if name == "stamps" and question == DESCRIBE:
                 continue
             yield record(replace(made, turns=[(question, answer)]), paths)
-
-
-def _write_media(name: str, index: int, made: Made, media: Path) -> list[str]:
-    paths = []
-    for number, content in enumerate(made.media):
-        relative = f"{name}/{index}-{number}.{made.suffix}"
-        (media / name).mkdir(parents=True, exist_ok=True)
-        (media / relative).write_bytes(content)
-        paths.append(relative)
-    return paths
 
 
 def _write(name: str, rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -99,9 +99,8 @@ def make_all[Result](
         return [first, *pool.map(make, indexes[1:], chunksize=chunk)]
 
 
-def _write_sample(maker: Maker, name: str, media: Path, index: int) -> str:
-    """Write the media of one sample; returns its line."""
-    made = maker(index)
+def write_media(made: Made, name: str, index: int, *, media: Path) -> list[str]:
+    """Write the media of sample `index` of a set below `media`; returns their relative paths."""
     paths = []
     for number, content in enumerate(made.media):
         relative = f"{name}/{index // FOLDER_FILES}/{index}-{number}.{made.suffix}"
@@ -109,4 +108,10 @@ def _write_sample(maker: Maker, name: str, media: Path, index: int) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
         paths.append(relative)
-    return json.dumps(record(made, paths)) + "\n"
+    return paths
+
+
+def _write_sample(maker: Maker, name: str, media: Path, index: int) -> str:
+    """Write the media of one sample; returns its line."""
+    made = maker(index)
+    return json.dumps(record(made, write_media(made, name, index, media=media))) + "\n"

@@ -1,7 +1,5 @@
 """Report of the four stages: a single self-contained HTML file."""
 
-import base64
-import io
 import json
 import random
 from collections import defaultdict
@@ -9,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from examples.figures import png_url, svg
 from examples.four_stages.results import Row, cost_rows, merge_seeds
 from examples.four_stages.run_folder import STAGES, RunFolder
 from megatron_vita.evaluation.heat_map import draw_heat_map
@@ -36,7 +33,7 @@ def write_report(path: Path, runs: Sequence[RunFolder]) -> None:
         titles=TITLES,
         seeds=[run.seed for run in runs],
         costs=list(cost_rows(runs[0])),
-        losses=_svg(_loss_figure(runs[0])),
+        losses=svg(_loss_figure(runs[0])),
         tests=_by_test(rows),
         needles=_needle_table(rows),
         heat_maps=dict(_heat_maps(runs[0])),
@@ -91,14 +88,6 @@ def _loss_figure(run: RunFolder) -> Figure:
     return figure
 
 
-def _svg(figure: Figure) -> Markup:
-    text = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
-        figure.savefig(text, format="svg")
-    svg = text.getvalue()
-    return Markup(svg[svg.index("<svg") :])
-
-
 def _heat_maps(run: RunFolder) -> Iterator[tuple[int, str]]:
     """Yield each stage with the heat map of all lengths that were asked after it, as a data URL."""
     for stage in STAGES:
@@ -117,7 +106,7 @@ def _heat_maps(run: RunFolder) -> Iterator[tuple[int, str]]:
             depths=next(iter(reports.values()))["depths"],
             title=f"after stage {stage}",
         )
-        yield stage, _data_url(path.read_bytes(), "png")
+        yield stage, png_url(path.read_bytes())
 
 
 def _needle_reports(folder: Path) -> dict[int, dict[str, Any]]:
@@ -152,14 +141,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _card(tests: Path, sample: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     picture = (tests / "media" / sample["images"][0]).read_bytes()
     return {
-        "picture": _data_url(picture, "png"),
+        "picture": png_url(picture),
         "question": sample["messages"][0]["content"].replace("<image>", "").strip(),
         "answer": row["answer"],
         "right": row["reference"],
         "kind": sample["kind"],
         "pages": len(sample["images"]),
     }
-
-
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64," + base64.b64encode(content).decode("ascii")
