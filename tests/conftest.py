@@ -3,7 +3,7 @@
 import fcntl
 import gc
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,17 @@ def pytest_collection_finish() -> None:
     """Leave out of later garbage collections what stays: modules and tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _same_scheduling() -> Iterator[None]:
+    """Fail a test that leaves its process with another priority, which later ones would have."""
+    before = os.sched_getscheduler(0)
+    yield
+    after = os.sched_getscheduler(0)
+    if after != before:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+    assert after == before, f"the scheduling policy is {after}, and was {before} before"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

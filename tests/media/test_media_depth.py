@@ -13,6 +13,7 @@ from PIL import Image
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from tests.media.picture_files import file_of, png_of, tiff_of
+from tests.media.video_files import same_scheduling
 
 
 def greys(data: bytes) -> list[int]:
@@ -172,7 +173,7 @@ def test_jpeg_2000_of_4_bits_reaches_white() -> None:
 
 def test_avif_of_10_bits_reaches_white() -> None:
     file = io.BytesIO()
-    with av.open(file, "w", format="avif") as container:
+    with same_scheduling(), av.open(file, "w", format="avif") as container:
         stream = container.add_stream("libsvtav1", rate=1, options={"preset": "12"})
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p10le"

@@ -1,11 +1,28 @@
 """Video files for the tests of media."""
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import av
 import numpy as np
+
+
+@contextmanager
+def same_scheduling() -> Iterator[None]:
+    """Restore the thread's scheduling at the end.
+
+    SVT-AV1's encoder gives the thread that opens it real-time priority if it may, as for root, and
+    leaves it so. All later tests of the process and their children would then starve the others.
+    """
+    policy = os.sched_getscheduler(0)
+    parameters = os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def clip(
@@ -20,7 +37,7 @@ def clip(
     """A video of 25 frames a second with a key frame every `gop` (10): frame i has brightness 4 *
     i, or is painted."""
     file = io.BytesIO()
-    with av.open(file, "w", format=file_format) as container:
+    with same_scheduling(), av.open(file, "w", format=file_format) as container:
         stream: Any = container.add_stream(codec, rate=25, options=options.pop("options", {}))
         if codec == "libx264":
             # The same bytes in half the CPU time: the pictures are too small to share.
