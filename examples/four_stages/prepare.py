@@ -114,7 +114,9 @@ def write_start(run_folder: RunFolder, *, material: Path) -> None:
     elif not run_folder.start.exists():
         gguf = find_material("smollm2", material) / GGUF
         tower = run_folder.folder / "tower"
-        write_tower(run_folder.recipe(1).model.vision, tower)
+        # Kept where an earlier conversion failed.
+        if not tower.exists():
+            write_tower(run_folder.recipe(1).model.vision, tower)
         parts = [str(gguf), str(tower), str(run_folder.start)]
         run(
             "-m",

@@ -14,6 +14,7 @@ from examples.figures import png_url, svg
 from examples.four_stages.results import Row, cost_rows, merge_seeds
 from examples.four_stages.run_folder import STAGES, RunFolder
 from megatron_vita.evaluation.heat_map import draw_heat_map
+from megatron_vita.files import complete_lines
 from megatron_vita.report.reading import read_run
 
 CARDS = 24
@@ -118,7 +119,7 @@ def _cards(run: RunFolder) -> list[dict[str, Any]]:
     """Questions about images with the answers of the last stage: a seeded sample, wrong answers as
     frequent as they are."""
     stage = max(
-        (s for s in STAGES if (run.scores(s) / "short" / "answers.jsonl").exists()), default=0
+        (s for s in STAGES if (run.scores(s) / "short" / "report.json").exists()), default=0
     )
     if not stage:
         return []
@@ -135,7 +136,7 @@ def _cards(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in complete_lines(path)]
 
 
 def _card(tests: Path, sample: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,9 @@ class RunFolder:
         found = []
         if (self.folder / "scores").is_dir():
             found.append(0)
-        folders = self.folder.glob("seed_*/scores")
-        found += sorted(int(path.parent.name.removeprefix("seed_")) for path in folders)
+        names = (path.parent.name for path in self.folder.glob("seed_*/scores"))
+        seeds = (name.removeprefix("seed_") for name in names)
+        found += sorted(int(seed) for seed in seeds if seed.isdecimal())
         return [dataclasses.replace(self, seed=seed) for seed in found]
 
     def overrides(self, stage: int) -> list[str]:

